@@ -1,0 +1,56 @@
+"""Attention one query head at a time, in float64 and plain loops."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+
+def attend(query: np.ndarray, keys: Sequence[np.ndarray], values: Sequence[np.ndarray]) -> np.ndarray:
+    """One query over the keys it sees; zeros when it sees none."""
+    if not keys:
+        return np.zeros(len(query))
+    scores = np.array([np.dot(query, key) for key in keys]) / np.sqrt(len(query))
+    weights = np.exp(scores - scores.max())
+    return sum((w * value for w, value in zip(weights / weights.sum(), values, strict=True)), np.zeros(len(query)))
+
+
+def causal_attention(q: np.ndarray, k: np.ndarray, v: np.ndarray, visible: np.ndarray) -> np.ndarray:
+    """Attention over a cache.
+
+    Shapes: q [batch, query, heads, d], k and v [batch, kv_heads, capacity, d], visible [batch, query, capacity].
+    """
+    q, k, v = (np.asarray(part, np.float64) for part in (q, k, v))
+    heads_per_kv = q.shape[2] // k.shape[1]
+    out = np.zeros(q.shape)
+    for b, i, h in np.ndindex(q.shape[:3]):
+        rows = [row for row in range(k.shape[2]) if visible[b, i, row]]
+        shared = h // heads_per_kv
+        out[b, i, h] = attend(q[b, i, h], [k[b, shared, r] for r in rows], [v[b, shared, r] for r in rows])
+    return out
+
+
+def block_attention(
+    q: np.ndarray,
+    context: tuple[np.ndarray, np.ndarray],
+    context_visible: np.ndarray,
+    block: tuple[np.ndarray, np.ndarray],
+    block_visible: np.ndarray,
+) -> np.ndarray:
+    """Attention of blocks over their context and themselves.
+
+    Shapes: q [anchor, slot, heads, d]; keys and values of the context [kv_heads, context, d], of the blocks
+    [anchor, slot, kv_heads, d].
+    """
+    q = np.asarray(q, np.float64)
+    context_k, context_v = (np.asarray(part, np.float64) for part in context)
+    block_k, block_v = (np.asarray(part, np.float64) for part in block)
+    heads_per_kv = q.shape[2] // context_k.shape[0]
+    out = np.zeros(q.shape)
+    for a, i, h in np.ndindex(q.shape[:3]):
+        shared = h // heads_per_kv
+        rows = [row for row in range(context_k.shape[1]) if context_visible[a, row]]
+        slots = [slot for slot in range(block_k.shape[1]) if block_visible[a, slot]]
+        keys = [context_k[shared, r] for r in rows] + [block_k[a, s, shared] for s in slots]
+        values = [context_v[shared, r] for r in rows] + [block_v[a, s, shared] for s in slots]
+        out[a, i, h] = attend(q[a, i, h], keys, values)
+    return out

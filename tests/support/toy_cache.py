@@ -1,0 +1,143 @@
+"""A tiny cache build without a model: a target's config, responses, and a forward made of whole numbers.
+
+Run as a program it builds and kills itself again and again: `python toy_cache.py FOLDER KILLS SEED`, with the folder of
+`write_inputs`.
+"""
+
+import json
+import os
+import random
+import shutil
+import signal
+import sys
+import threading
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+
+from dflash_jax.cache import CacheBuildConfig, build_cache
+
+VOCAB, HIDDEN, LAYERS, CONTEXT = 97, 3, 5, 200
+FINGERPRINT = {"target_weights": "w1", "target_config": "c1", "chat_template_sha256": "t1"}
+TARGET = {
+    "architectures": ["LlamaForCausalLM"],
+    "vocab_size": VOCAB,
+    "hidden_size": HIDDEN,
+    "intermediate_size": 7,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": 1,
+    "num_key_value_heads": 1,
+    "head_dim": 2,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 10000.0,
+    "max_position_embeddings": CONTEXT,
+    "tie_word_embeddings": True,
+}
+
+
+def write_responses(path, rows):
+    """`rows`: (prompt_ids, response_ids) each; ids are r0, r1, ..."""
+    lines = [
+        {"id": f"r{i}", "set": "toy", "prompt_ids": p, "response_ids": r, "finish": "length", "text": ""}
+        for i, (p, r) in enumerate(rows)
+    ]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def toy_rows(count):
+    """Sequences of 2 to 150 tokens, all different."""
+    draw = random.Random(5)
+    ids = lambda most: [draw.randrange(VOCAB) for _ in range(draw.randint(1, most))]
+    return [(ids(60), ids(90)) for _ in range(count)]
+
+
+def write_inputs(folder, rows):
+    (folder / "target").mkdir(parents=True)
+    (folder / "target" / "config.json").write_text(json.dumps(TARGET))
+    write_responses(folder / "responses.jsonl", rows)
+
+
+def toy_config(folder, **changes):
+    defaults = {
+        "target": folder / "target",
+        "responses": folder / "responses.jsonl",
+        "out": folder / "cache",
+        "capture_layers": (1, 3),
+        "position_offsets": (0, 1000),
+        "tokens_per_batch": 256,
+        "tokens_per_shard": 600,
+    }
+    return CacheBuildConfig(**defaults | changes)
+
+
+def toy_capture(tokens, lengths, position_offset):
+    """Small whole numbers, exact in bfloat16, that tell token, place, column and offset apart; padding gets NaN."""
+    place = np.arange(tokens.shape[1])[None]
+    base = (tokens * 3 + place + position_offset[:, None] // 1000) % 200
+    features = (base[..., None] + np.arange(2 * HIDDEN)).astype(ml_dtypes.bfloat16)
+    features[place >= lengths[:, None]] = np.nan
+    return features, ((tokens * 5 + place) % VOCAB).astype(np.int32)
+
+
+def build_toy(folder, *, capture=toy_capture, fingerprint=FINGERPRINT, progress=None, **changes):
+    return build_cache(toy_config(folder, **changes), fingerprint=fingerprint, capture=capture, progress=progress)
+
+
+def shard_bytes(cache):
+    return {path.name: path.read_bytes() for path in sorted(cache.glob("*.safetensors"))}
+
+
+def build_and_die(folder, step):
+    """Build in this process, which is killed at its `step`-th call or return of any function, Python's or C's.
+
+    Steps, not seconds: on a fast machine or a loaded one the kills fall at the same places of the build.
+    """
+    left = step
+
+    def count(*_):
+        nonlocal left
+        left -= 1
+        if left == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    threading.setprofile(count)
+    sys.setprofile(count)
+    build_toy(folder)
+    sys.setprofile(None)
+    return step - left
+
+
+def in_child(work):
+    """Run `work()` in a fork, made before jax has threads, so that the import, which takes seconds, is paid once.
+
+    Returns what it returned, or None if it was killed.
+    """
+    read_end, write_end = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.write(write_end, str(work()).encode())
+        os._exit(0)
+    os.close(write_end)
+    with open(read_end) as answer:
+        text = answer.read()
+    os.waitpid(child, 0)
+    return int(text) if text else None
+
+
+def main():
+    folder, kills, seed = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
+    draw = random.Random(seed)
+    counted = shutil.copytree(folder, folder.with_name(folder.name + "-counted"))
+    steps = in_child(lambda: build_and_die(counted, 10**12))
+    assert steps, "the build that was left alone failed"
+    seen = []
+    for _ in range(kills):
+        last = draw.randint(1, steps // 2)
+        done = in_child(lambda last=last: build_and_die(folder, last))
+        seen.append({"killed": done is None, "shards": len(list((folder / "cache").glob("shard-*")))})
+    sys.stdout.write(json.dumps(seen) + "\n")
+
+
+if __name__ == "__main__":
+    main()
