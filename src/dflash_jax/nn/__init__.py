@@ -1,0 +1,27 @@
+"""What targets and drafters are made of: RMSNorm, RoPE, attention, MLP, the vocabulary head.
+
+It promises: positions are exact up to 2^31; softmax, norms and losses are float32; nothing of size rows x vocabulary is
+made. It imports `core` and, of libraries, only jax, equinox, numpy and jaxtyping.
+"""
+
+from dflash_jax.nn.attention import block_attention, causal_attention, write_rows
+from dflash_jax.nn.head import LinearCrossEntropy, greedy_tokens, linear_cross_entropy
+from dflash_jax.nn.mlp import Linear, SwiGLU
+from dflash_jax.nn.norm import RMSNorm
+from dflash_jax.nn.rope import MAX_POSITION, Rope, apply_rope, rope_cos_sin
+
+__all__ = [
+    "MAX_POSITION",
+    "Linear",
+    "LinearCrossEntropy",
+    "RMSNorm",
+    "Rope",
+    "SwiGLU",
+    "apply_rope",
+    "block_attention",
+    "causal_attention",
+    "greedy_tokens",
+    "linear_cross_entropy",
+    "rope_cos_sin",
+    "write_rows",
+]

@@ -1,0 +1,53 @@
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dflash_jax.nn import Linear, RMSNorm, SwiGLU
+
+
+def test_rmsnorm_by_hand():
+    # mean square of (3, 4) is 12.5, and with eps 3.5 the root is 4
+    norm = RMSNorm(weight=jnp.array([2.0, 10.0]), eps=3.5)
+    assert norm(jnp.array([[3.0, 4.0], [0.0, 0.0]])).tolist() == [[1.5, 10.0], [0.0, 0.0]]
+    assert norm(jnp.array([3.0, 4.0])).tolist() == [1.5, 10.0]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_rmsnorm_is_transformers_bit_for_bit_in_bfloat16(dtype):
+    torch = pytest.importorskip("torch")
+    from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
+
+    draw = np.random.default_rng(0)
+    x = draw.normal(size=(3, 50, 96)).astype(np.float32) * 5
+    weight = draw.uniform(0.5, 1.5, 96).astype(np.float32)
+    theirs = Qwen3RMSNorm(96, eps=1e-5).to(getattr(torch, dtype))
+    theirs.weight.data = torch.from_numpy(weight).to(getattr(torch, dtype))
+    want = theirs(torch.from_numpy(x).to(getattr(torch, dtype))).detach().float().numpy()
+    ours = RMSNorm(weight=jnp.asarray(weight, dtype), eps=1e-5)
+    got = ours(jnp.asarray(x, dtype))
+    assert got.dtype == dtype
+    if dtype == "bfloat16":
+        np.testing.assert_array_equal(np.asarray(got, np.float32), want)
+    else:
+        np.testing.assert_allclose(np.asarray(got), want, rtol=1e-6)  # measured 3.6e-7
+
+
+def test_linear_by_hand():
+    weight = jnp.array([[1.0, 2.0, 3.0], [0.0, -1.0, 5.0]])
+    assert Linear(weight=weight)(jnp.array([1.0, 10.0, 100.0])).tolist() == [321.0, 490.0]
+    with_bias = Linear(weight=weight, bias=jnp.array([0.5, -0.5]))
+    assert with_bias(jnp.array([1.0, 10.0, 100.0])).tolist() == [321.5, 489.5]
+    assert with_bias(jnp.array([[[1.0, 0.0, 0.0], [0.0, 0.0, 0.0]]])).tolist() == [[[1.5, -0.5], [0.5, -0.5]]]
+
+
+def test_swiglu_by_hand():
+    # gate (ln 3, 0), its silu (3/4 ln 3, 0); up (4, 7); their product (3 ln 3, 0)
+    ln3 = float(np.log(3.0))
+    mlp = SwiGLU(
+        gate_proj=Linear(weight=jnp.array([[ln3, 0.0, 0.0], [0.0, 0.0, 0.0]])),
+        up_proj=Linear(weight=jnp.array([[0.0, 4.0, 0.0], [0.0, 0.0, 7.0]])),
+        down_proj=Linear(weight=jnp.array([[2.0, 5.0], [-1.0, 0.0], [0.0, 9.0]])),
+    )
+    got = mlp(jnp.ones((2, 1, 3)))
+    assert got.shape == (2, 1, 3)
+    np.testing.assert_allclose(got[1, 0], [6 * ln3, -3 * ln3, 0.0], rtol=1e-6)
