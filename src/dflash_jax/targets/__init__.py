@@ -1,0 +1,26 @@
+"""The LLM being accelerated: its forward, with the features of captured layers, at any absolute position.
+
+It promises: `extend` by blocks, chunked prefill and one long prefill give the same; padding and batch order change
+nothing; rejecting tokens is a smaller length. It imports `core` and `nn`, and of libraries only jax, equinox, numpy,
+jaxtyping and safetensors.
+"""
+
+from dflash_jax.targets.config import TargetConfig, default_capture_layers, read_target_config
+from dflash_jax.targets.llama import KVCache, Target, TargetOutput, extend, next_ids, prefill
+from dflash_jax.targets.loading import describe_target, fingerprint, load_target, tensor_shapes
+
+__all__ = [
+    "KVCache",
+    "Target",
+    "TargetConfig",
+    "TargetOutput",
+    "default_capture_layers",
+    "describe_target",
+    "extend",
+    "fingerprint",
+    "load_target",
+    "next_ids",
+    "prefill",
+    "read_target_config",
+    "tensor_shapes",
+]

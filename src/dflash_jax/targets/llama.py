@@ -1,0 +1,202 @@
+"""The Llama-family decoder: one forward for prefill and for blocks, with the features of captured layers."""
+
+import equinox as eqx
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int32
+
+from dflash_jax.nn import Linear, RMSNorm, SwiGLU, apply_rope, causal_attention, greedy_tokens, rope_cos_sin, write_rows
+from dflash_jax.targets.config import TargetConfig
+
+
+class LayerKV(eqx.Module):
+    """Keys (after RoPE) and values of one layer, by cache row."""
+
+    k: Float[Array, "batch kv_heads capacity head_dim"]
+    v: Float[Array, "batch kv_heads capacity head_dim"]
+
+
+class KVCache(eqx.Module):
+    """What a target remembers of a batch of sequences. Rows at and past a sequence's length are garbage and never seen.
+
+    Rejecting tokens is a smaller length: a copy with other `lengths` rolls back without touching a buffer.
+
+    Attributes:
+        layers: keys and values per decoder layer.
+        lengths: rows in use per sequence.
+        position_offset: absolute position of each sequence's token 0.
+    """
+
+    layers: tuple[LayerKV, ...]
+    lengths: Int32[Array, " batch"]
+    position_offset: Int32[Array, " batch"]
+
+    @property
+    def capacity(self) -> int:
+        """Rows a sequence has room for."""
+        return self.layers[0].k.shape[2]
+
+
+class TargetOutput(eqx.Module):
+    """What a forward gives for every token it was fed.
+
+    Attributes:
+        hidden: the last layer's output after the final norm: what the head reads.
+        features: outputs of the captured layers (residual stream), concatenated in listed order; no columns when none
+            is listed.
+        kv: the cache with the new tokens' rows; its lengths are the old ones plus the valid new tokens.
+    """
+
+    hidden: Float[Array, "batch query hidden"]
+    features: Float[Array, "batch query features"]
+    kv: KVCache
+
+
+class Attention(eqx.Module):
+    """Causal grouped-query attention over the cache."""
+
+    q_proj: Linear
+    k_proj: Linear
+    v_proj: Linear
+    o_proj: Linear
+    head_dim: int = eqx.field(static=True)
+
+    def __call__(
+        self,
+        x: Float[Array, "batch query hidden"],
+        *,
+        cos_sin: tuple[Float[Array, "batch query half_dim"], Float[Array, "batch query half_dim"]],
+        kv: LayerKV,
+        starts: Int32[Array, " batch"],
+        visible: Bool[Array, "batch query capacity"],
+    ) -> tuple[Float[Array, "batch query hidden"], LayerKV]:
+        """Return the attention output and the layer's cache with the new rows."""
+        batch, query, _ = x.shape
+        q, k, v = (proj(x).reshape(batch, query, -1, self.head_dim) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        q, k = apply_rope(q, cos_sin), apply_rope(k, cos_sin)
+        kv = LayerKV(k=write_rows(kv.k, k, starts), v=write_rows(kv.v, v, starts))
+        return self.o_proj(causal_attention(q, kv.k, kv.v, visible).reshape(batch, query, -1)), kv
+
+
+class DecoderLayer(eqx.Module):
+    """Pre-norm attention and MLP on a residual stream."""
+
+    input_layernorm: RMSNorm
+    self_attn: Attention
+    post_attention_layernorm: RMSNorm
+    mlp: SwiGLU
+
+
+class Target(eqx.Module):
+    """A decoder-only LLM whose inside can be read.
+
+    Attributes:
+        embed_tokens: embedding table.
+        layers: decoder layers in order.
+        norm: final norm.
+        lm_head: vocabulary head, or None when it is tied to the embedding.
+        config: sizes.
+    """
+
+    embed_tokens: Float[Array, "vocab hidden"]
+    layers: tuple[DecoderLayer, ...]
+    norm: RMSNorm
+    lm_head: Float[Array, "vocab hidden"] | None
+    config: TargetConfig = eqx.field(static=True)
+
+    @property
+    def head(self) -> Float[Array, "vocab hidden"]:
+        """The vocabulary head, tied or not."""
+        return self.embed_tokens if self.lm_head is None else self.lm_head
+
+
+def empty_kv(target: Target, *, capacity: int, position_offset: Int32[Array, " batch"]) -> KVCache:
+    """Return a cache of length 0. Bytes: `2 * layers * batch * kv_heads * capacity * head_dim * itemsize`."""
+    config = target.config
+    shape = (position_offset.shape[0], config.num_kv_heads, capacity, config.head_dim)
+    # two arrays, not one twice: donated buffers must be distinct
+    layers = tuple(
+        LayerKV(k=jnp.zeros(shape, target.embed_tokens.dtype), v=jnp.zeros(shape, target.embed_tokens.dtype))
+        for _ in range(config.num_layers)
+    )
+    return KVCache(layers=layers, lengths=jnp.zeros_like(position_offset), position_offset=position_offset)
+
+
+def extend(
+    target: Target,
+    kv: KVCache,
+    tokens: Int32[Array, "batch query"],
+    *,
+    num_valid: Int32[Array, " batch"] | None = None,
+    capture_layers: tuple[int, ...] = (),
+) -> TargetOutput:
+    """Feed every sequence its next tokens.
+
+    Token i of a row is fed at cache row `lengths + i`, absolute position `position_offset + lengths + i`, and sees rows
+    0 to `lengths + i`. For lengths 2, two tokens, capacity 5 (`x` seen):
+
+        token 0   x x x . .
+        token 1   x x x x .
+
+    Args:
+        target: the model.
+        kv: its memory so far; `lengths + query` must not exceed its capacity.
+        tokens: ids, right-padded.
+        num_valid: how many of each row's tokens are real; default all. Padding is computed and then forgotten.
+        capture_layers: 0-based layers whose outputs are returned as features, in this order.
+
+    Returns:
+        Hidden states, features and the longer cache. Nothing of size tokens x vocabulary: see `next_ids`.
+    """
+    query = tokens.shape[1]
+    assert query <= kv.capacity, f"{query} tokens do not fit a cache of {kv.capacity} rows"
+    rows = kv.lengths[:, None] + jnp.arange(query, dtype=jnp.int32)[None]
+    cos_sin = rope_cos_sin(target.config.rope, kv.position_offset[:, None] + rows)
+    visible = jnp.arange(kv.capacity, dtype=jnp.int32)[None, None] <= rows[:, :, None]
+    x = target.embed_tokens[tokens]
+    layer_caches, captured = [], {}
+    for index, (layer, layer_kv) in enumerate(zip(target.layers, kv.layers, strict=True)):
+        attended, layer_kv = layer.self_attn(
+            layer.input_layernorm(x), cos_sin=cos_sin, kv=layer_kv, starts=kv.lengths, visible=visible
+        )
+        x = x + attended
+        x = x + layer.mlp(layer.post_attention_layernorm(x))
+        layer_caches.append(layer_kv)
+        captured[index] = x
+    features = [captured[index] for index in capture_layers] or [jnp.zeros((*tokens.shape, 0), x.dtype)]
+    lengths = kv.lengths + (jnp.int32(query) if num_valid is None else num_valid)
+    return TargetOutput(
+        hidden=target.norm(x),
+        features=jnp.concatenate(features, axis=-1),
+        kv=KVCache(layers=tuple(layer_caches), lengths=lengths, position_offset=kv.position_offset),
+    )
+
+
+def prefill(
+    target: Target,
+    tokens: Int32[Array, "batch seq"],
+    *,
+    lengths: Int32[Array, " batch"],
+    position_offset: Int32[Array, " batch"],
+    capture_layers: tuple[int, ...] = (),
+    capacity: int | None = None,
+) -> TargetOutput:
+    """Feed whole prompts to an empty cache: `extend` from length 0.
+
+    Args:
+        target: the model.
+        tokens: ids, right-padded to a bucket.
+        lengths: real tokens per row.
+        position_offset: absolute position of each row's token 0; `position_offset + seq` stays below 2^31.
+        capture_layers: 0-based layers whose outputs are returned as features.
+        capacity: rows of the cache; default just the tokens given (enough where nothing follows).
+    """
+    kv = empty_kv(target, capacity=capacity or tokens.shape[1], position_offset=position_offset)
+    return extend(target, kv, tokens, num_valid=lengths, capture_layers=capture_layers)
+
+
+def next_ids(target: Target, hidden: Float[Array, "*rows hidden"]) -> Int32[Array, "*rows"]:
+    """Return the target's greedy token after each row of `TargetOutput.hidden`.
+
+    Logits are float32, and never more than `nn.head` allows at once.
+    """
+    return greedy_tokens(hidden, target.head)

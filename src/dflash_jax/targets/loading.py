@@ -1,0 +1,170 @@
+"""Target folders: reading, checking, fingerprinting, describing."""
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from dflash_jax.core import InputError, check_names_and_shapes, read_header, read_json, sha256_file, sha256_json
+from dflash_jax.nn import Linear, RMSNorm, SwiGLU
+from dflash_jax.targets.config import TargetConfig, default_capture_layers, read_target_config
+from dflash_jax.targets.llama import Attention, DecoderLayer, Target
+
+_INDEX = "model.safetensors.index.json"
+_DTYPES = ("BF16", "F16", "F32")  # others are quantised: numbers that mean nothing without their scales
+
+
+def tensor_shapes(config: TargetConfig) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the checkpoint that a config calls for (Hugging Face's Llama names)."""
+    hidden, inner = config.hidden_size, config.intermediate_size
+    q, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    shapes = {"model.embed_tokens.weight": (config.vocab_size, hidden), "model.norm.weight": (hidden,)}
+    if not config.tie_embeddings:
+        shapes["lm_head.weight"] = (config.vocab_size, hidden)
+    for i in range(config.num_layers):
+        layer = {
+            "self_attn.q_proj": (q, hidden),
+            "self_attn.k_proj": (kv, hidden),
+            "self_attn.v_proj": (kv, hidden),
+            "self_attn.o_proj": (hidden, q),
+            "mlp.gate_proj": (inner, hidden),
+            "mlp.up_proj": (inner, hidden),
+            "mlp.down_proj": (hidden, inner),
+            "input_layernorm": (hidden,),
+            "post_attention_layernorm": (hidden,),
+        }
+        shapes |= {f"model.layers.{i}.{name}.weight": shape for name, shape in layer.items()}
+    return shapes
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a target folder: one `model.safetensors`, or those of its index.
+
+    Raises:
+        InputError: neither is there; the index is no index, or names a path outside the folder or a file that is not
+            there.
+    """
+    if not (folder / _INDEX).is_file():
+        if not (folder / "model.safetensors").is_file():
+            raise InputError(f"{folder} is not a target folder: it has no model.safetensors and no {_INDEX}")
+        return [folder / "model.safetensors"]
+    index = read_json(folder / _INDEX, what="the target's weight index")
+    weight_map = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise InputError(f"{folder / _INDEX} is not a weight index: it has no weight_map")
+    names = sorted(set(map(str, weight_map.values())))
+    foreign = [name for name in names if Path(name).name != name]
+    if foreign:
+        raise InputError(f"{folder / _INDEX} names a file outside the folder: {foreign[0]}")
+    missing = [name for name in names if not (folder / name).is_file()]
+    if missing:
+        raise InputError(f"{folder / _INDEX} names files that are not there: {', '.join(missing)}")
+    return [folder / name for name in names]
+
+
+def _checked_files(folder: Path, config: TargetConfig) -> list[Path]:
+    """The weight files, after their headers were found to hold just what the config calls for."""
+    files = weight_files(folder)
+    found: dict[str, tuple[int, ...]] = {}
+    for file in files:
+        for name, entry in read_header(file, what="the target's weights").items():
+            if entry["dtype"] not in _DTYPES:
+                raise InputError(f"{file}: {name} is {entry['dtype']}; only {', '.join(_DTYPES)} are handled")
+            found[name] = tuple(entry["shape"])
+    if config.tie_embeddings:
+        found.pop("lm_head.weight", None)  # some checkpoints store the tied head once more
+    check_names_and_shapes(found, tensor_shapes(config), what=str(folder))
+    return files
+
+
+def _read_weights(folder: Path, config: TargetConfig, dtype: jnp.dtype) -> dict[str, jax.Array]:
+    """Every tensor on the device, one at a time through host memory."""
+    weights = {}
+    wanted = tensor_shapes(config)
+    for file in _checked_files(folder, config):
+        try:
+            with safe_open(file, framework="numpy") as tensors:
+                for name in wanted.keys() & set(tensors.keys()):
+                    weights[name] = jnp.asarray(tensors.get_tensor(name), dtype)
+        except SafetensorError as error:
+            raise InputError(f"the target's weights are not readable: {file}: {error}") from error
+    return weights
+
+
+def load_target(folder: Path, *, dtype: jnp.dtype | type = jnp.float32) -> Target:
+    """Return the model of a target folder.
+
+    Args:
+        folder: a Hugging Face folder: `config.json`, `model.safetensors` or its shards.
+        dtype: of weights and activations; norms' statistics, softmax and logits are float32 in any case.
+
+    Raises:
+        InputError: see `read_target_config`; weights missing, truncated, of a dtype that is not a plain float, or not
+            what the config calls for (all named at once).
+    """
+    config = read_target_config(folder)
+    weights = _read_weights(folder, config, jnp.dtype(dtype))
+
+    def linear(name: str) -> Linear:
+        return Linear(weight=weights.pop(f"{name}.weight"))
+
+    def norm(name: str) -> RMSNorm:
+        return RMSNorm(weight=weights.pop(f"{name}.weight"), eps=config.rms_norm_eps)
+
+    def layer(prefix: str) -> DecoderLayer:
+        projections = {name: linear(f"{prefix}.self_attn.{name}") for name in ("q_proj", "k_proj", "v_proj", "o_proj")}
+        return DecoderLayer(
+            input_layernorm=norm(f"{prefix}.input_layernorm"),
+            self_attn=Attention(**projections, head_dim=config.head_dim),
+            post_attention_layernorm=norm(f"{prefix}.post_attention_layernorm"),
+            mlp=SwiGLU(**{name: linear(f"{prefix}.mlp.{name}") for name in ("gate_proj", "up_proj", "down_proj")}),
+        )
+
+    return Target(
+        embed_tokens=weights.pop("model.embed_tokens.weight"),
+        layers=tuple(layer(f"model.layers.{i}") for i in range(config.num_layers)),
+        norm=norm("model.norm"),
+        lm_head=weights.pop("lm_head.weight", None),
+        config=config,
+    )
+
+
+def fingerprint(folder: Path) -> dict[str, str]:
+    """Return what a target is, by content: SHA-256 of its weights and of the config fields that reach the maths.
+
+    Raises:
+        InputError: see `load_target`.
+    """
+    config = read_target_config(folder)
+    hashes = [sha256_file(file) for file in weight_files(folder)]
+    fields = {name: getattr(config, name) for name in TargetConfig.__dataclass_fields__}
+    return {"target_weights": sha256_json(hashes), "target_config": sha256_json(fields)}
+
+
+def describe_target(folder: Path) -> dict[str, Any]:
+    """Return what a target is, for people and scripts, from its config and headers alone (no weights are read).
+
+    Keys: architecture, the config's sizes, `num_parameters`, `weight_bytes`, `default_capture_layers` by count,
+    `kv_bytes_per_token` (float32), `rope` in words.
+
+    Raises:
+        InputError: see `load_target`.
+    """
+    config = read_target_config(folder)
+    shapes = tensor_shapes(config)
+    counts = [count for count in (1, 3, 4, 5, 6) if count <= config.num_layers - 3]
+    files = _checked_files(folder, config)
+    return {
+        **{name: getattr(config, name) for name in TargetConfig.__dataclass_fields__},
+        "num_parameters": sum(int(np.prod(shape)) for shape in shapes.values()),
+        "weight_bytes": sum(file.stat().st_size for file in files),
+        "kv_bytes_per_token": 2 * config.num_layers * config.num_kv_heads * config.head_dim * 4,
+        "default_capture_layers": {
+            str(count): list(default_capture_layers(config.num_layers, count)) for count in counts
+        },
+        "rope": f"theta {config.rope_theta:g} over {config.head_dim} channels, unscaled; "
+        "exact at any position below 2^31",
+    }
