@@ -1,0 +1,39 @@
+"""The DFlash drafter: its forward, its folder. The target's embedding and head are passed in; it imports no target.
+
+It promises: tensor names, shapes and maths are z-lab's, so folders go both ways; one forward serves training, the check
+and decoding; a block sees features strictly before its anchor and its own slots, nothing else. It imports `core` and
+`nn`.
+"""
+
+from dflash_jax.drafter.blocks import BlockLabels, StoredSequence, block_labels, eligible_anchors
+from dflash_jax.drafter.config import DrafterConfig, read_drafter_config
+from dflash_jax.drafter.folder import drafter_fingerprint, drafter_shapes, load_drafter, save_drafter
+from dflash_jax.drafter.model import (
+    ContextKV,
+    Drafter,
+    context_kv,
+    draft_blocks,
+    draft_hidden,
+    embed_slots,
+    init_drafter,
+)
+
+__all__ = [
+    "BlockLabels",
+    "ContextKV",
+    "Drafter",
+    "DrafterConfig",
+    "StoredSequence",
+    "block_labels",
+    "context_kv",
+    "draft_blocks",
+    "draft_hidden",
+    "drafter_fingerprint",
+    "drafter_shapes",
+    "eligible_anchors",
+    "embed_slots",
+    "init_drafter",
+    "load_drafter",
+    "read_drafter_config",
+    "save_drafter",
+]

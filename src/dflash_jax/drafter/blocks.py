@@ -1,0 +1,75 @@
+"""The rules of a block in a stored sequence: which anchors are eligible, how long the block is, what its labels are.
+
+    index      0 ... P-1 | P ... S-1        P = prompt_len, S = length
+    token      prompt    | response
+    anchors                x ... x .        eligible: P <= a <= S-2
+
+The last token is no anchor: its slot 1 would have no label.
+"""
+
+import equinox as eqx
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int32
+
+
+class StoredSequence(eqx.Module):
+    """A sequence of a feature cache on the device, right-padded to a bucket (or a batch of them, under vmap).
+
+    Attributes:
+        features: target features of every token.
+        token_ids: the text.
+        next_ids: the target's greedy token after each token.
+        length: tokens that are real.
+        prompt_len: tokens of the prompt.
+        limit: most tokens decoding would have allowed, prompt included; blocks are shortened there.
+        position_offset: absolute position of token 0.
+    """
+
+    features: Float[Array, "*batch seq features"]
+    token_ids: Int32[Array, "*batch seq"]
+    next_ids: Int32[Array, "*batch seq"]
+    length: Int32[Array, "*batch"]
+    prompt_len: Int32[Array, "*batch"]
+    limit: Int32[Array, "*batch"]
+    position_offset: Int32[Array, "*batch"]
+
+
+class BlockLabels(eqx.Module):
+    """What verification would compare each drafted slot with.
+
+    Attributes:
+        labels: the target's greedy token at slots 1 to B-1; anything where there is no label.
+        labelled: whether a slot has a label: it lies in the text, and the text before it follows the greedy path.
+        lengths: slots of each block that exist, the anchor's included.
+    """
+
+    labels: Int32[Array, "anchor drafted"]
+    labelled: Bool[Array, "anchor drafted"]
+    lengths: Int32[Array, " anchor"]
+
+
+def eligible_anchors(sequence: StoredSequence) -> Bool[Array, " seq"]:
+    """Return which indices may be anchors: response tokens with at least one token after them."""
+    index = jnp.arange(sequence.token_ids.shape[0], dtype=jnp.int32)
+    return (index >= sequence.prompt_len) & (index + 1 < sequence.length)
+
+
+def block_labels(sequence: StoredSequence, anchors: Int32[Array, " anchor"], *, block_size: int) -> BlockLabels:
+    """Return the labels of the blocks at some anchors.
+
+    Slot k's label is `next_ids[a + k - 1]`. It counts when the slot exists, `a + k < length`, and
+    `token_ids[a + j] == next_ids[a + j - 1]` for all `1 <= j < k`. Worked, token_ids [5, 6, 7, 9, 1], next_ids
+    [6, 7, 8, 1, 2], length 5, limit 9, anchor 0, block_size 5: labels [6, 7, 8, 1], labelled [1, 1, 1, 0]. The text
+    leaves the greedy path at index 3 (9, not 8), which slot 3 is still asked for and slot 4 is not.
+
+    **Source:** labels by the target's argmax as speculators@c05b95b trains (`next_ids`); the departure mask is ours.
+    """
+    slot = jnp.arange(1, block_size, dtype=jnp.int32)
+    at = anchors[:, None] + slot[None]
+    last = sequence.token_ids.shape[0] - 1
+    labels = sequence.next_ids[jnp.clip(at - 1, 0, last)]
+    follows = sequence.token_ids[jnp.clip(at, 0, last)] == labels
+    before = jnp.pad(jnp.cumprod(follows, axis=1, dtype=jnp.int32)[:, :-1], ((0, 0), (1, 0)), constant_values=1)
+    lengths = jnp.clip(sequence.limit - anchors, 1, block_size)
+    labelled = (before > 0) & (at < sequence.length) & (slot[None] < lengths[:, None])
+    return BlockLabels(labels=labels, labelled=labelled, lengths=lengths)

@@ -1,0 +1,190 @@
+"""A drafter's architecture, read from and written to z-lab's `config.json`."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dflash_jax.core import InputError, read_json
+from dflash_jax.nn import Rope
+
+# Fields that would change the maths, and the only values handled. z-lab's reader looks in `dflash_config` and above it.
+_NEUTRAL = {
+    "hidden_act": (None, "silu"),
+    "rope_scaling": (None,),
+    "sliding_window": (None,),
+    "use_sliding_window": (None, False),
+    "use_swa": (None, False),
+    "is_causal": (None, False),
+    "causal": (None, False),
+    "input_embedding_scale": (None, 1),
+    "output_multiplier": (None, 1),
+    "logit_scale": (None, 1),
+    "final_logit_softcapping": (None, 0),
+    "conv_kernel_size": (None,),
+    "selector_rank": (None,),
+}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DrafterConfig:
+    """Sizes and constants of a DFlash drafter; hashable, so it can be a static field.
+
+    Attributes:
+        hidden_size: width of the drafter, equal to the target's.
+        intermediate_size: width of the MLP.
+        num_layers: drafter layers.
+        num_heads: query heads.
+        num_kv_heads: key and value heads.
+        head_dim: channels per head.
+        attention_bias: whether q, k, v and o have biases (gpt-oss drafters do).
+        rms_norm_eps: epsilon of every RMSNorm.
+        rope_theta: base of the rotary frequencies.
+        max_positions: informative: the context the drafter was made for, tokens.
+        block_size: positions per block, the anchor included.
+        mask_token_id: token whose target embedding fills slots 1 to B-1.
+        capture_layers: 0-based target layers whose outputs are the features, in order.
+        num_target_layers: decoder layers of the target.
+        vocab_size: the target's vocabulary.
+    """
+
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    attention_bias: bool
+    rms_norm_eps: float
+    rope_theta: float
+    max_positions: int
+    block_size: int
+    mask_token_id: int
+    capture_layers: tuple[int, ...]
+    num_target_layers: int
+    vocab_size: int
+
+    @property
+    def rope(self) -> Rope:
+        """Rotary frequencies."""
+        return Rope(theta=self.rope_theta, head_dim=self.head_dim)
+
+    @property
+    def num_features(self) -> int:
+        """Width of the features, K*H."""
+        return len(self.capture_layers) * self.hidden_size
+
+    def to_json(self, *, dtype: str) -> dict[str, Any]:
+        """Return z-lab's `config.json`, with rope keys at the top level where every reader looks.
+
+        **Source:** key set of z-lab/Qwen3-8B-DFlash-b16 (revision 9b41424b7109) `config.json`; it differs in leaving
+        out `auto_map` (no code travels with the checkpoint) and the target's bos and eos ids.
+        """
+        return {
+            "architectures": ["DFlashDraftModel"],
+            "attention_bias": self.attention_bias,
+            "attention_dropout": 0.0,
+            "block_size": self.block_size,
+            "dflash_config": {"mask_token_id": self.mask_token_id, "target_layer_ids": list(self.capture_layers)},
+            "dtype": dtype,
+            "head_dim": self.head_dim,
+            "hidden_act": "silu",
+            "hidden_size": self.hidden_size,
+            "initializer_range": 0.02,
+            "intermediate_size": self.intermediate_size,
+            "layer_types": ["full_attention"] * self.num_layers,
+            "max_position_embeddings": self.max_positions,
+            "max_window_layers": self.num_layers,
+            "model_type": "qwen3",
+            "num_attention_heads": self.num_heads,
+            "num_hidden_layers": self.num_layers,
+            "num_key_value_heads": self.num_kv_heads,
+            "num_target_layers": self.num_target_layers,
+            "rms_norm_eps": self.rms_norm_eps,
+            "rope_scaling": None,
+            "rope_theta": self.rope_theta,
+            "sliding_window": None,
+            "tie_word_embeddings": False,
+            "use_cache": True,
+            "use_sliding_window": False,
+            "vocab_size": self.vocab_size,
+        }
+
+
+def _check_neutral(raw: dict[str, Any], where: Path) -> None:
+    levels = {"": raw, "dflash_config.": raw.get("dflash_config") or {}}
+    problems = [
+        f"{level}{name} is {values[name]!r}"
+        for level, values in levels.items()
+        for name, allowed in _NEUTRAL.items()
+        if values.get(name) not in allowed
+    ]
+    problems += [f"layer_types has {kind!r}" for kind in sorted(set(raw.get("layer_types") or ()) - {"full_attention"})]
+    kind = (raw.get("rope_parameters") or {}).get("rope_type", "default")
+    if kind != "default":
+        problems.append(f"rope_type is {kind!r}")
+    if problems:
+        raise InputError(f"{where}: not handled: {'; '.join(problems)}")
+
+
+def _check_ranges(config: DrafterConfig, where: Path) -> None:
+    """An id out of range would index nothing and raise nothing: JAX clamps it."""
+    wrong = {
+        f"block_size is {config.block_size}, at least 2 are needed": config.block_size < 2,
+        f"num_attention_heads {config.num_heads} is no multiple of num_key_value_heads {config.num_kv_heads}": (
+            config.num_kv_heads < 1 or config.num_heads % config.num_kv_heads
+        ),
+        f"mask_token_id {config.mask_token_id} is outside the vocabulary of {config.vocab_size}": (
+            not 0 <= config.mask_token_id < config.vocab_size
+        ),
+        f"target_layer_ids {list(config.capture_layers)} are not layers of a target of {config.num_target_layers}": (
+            not config.capture_layers or not all(0 <= i < config.num_target_layers for i in config.capture_layers)
+        ),
+    }
+    if problems := [problem for problem, is_wrong in wrong.items() if is_wrong]:
+        raise InputError(f"{where}: {'; '.join(problems)}")
+
+
+def read_drafter_config(folder: Path) -> DrafterConfig:
+    """Return the config of a drafter folder (ours or any z-lab DFlash checkpoint).
+
+    `block_size` is read at the top level or inside `dflash_config`, rope_theta at the top level or inside
+    `rope_parameters`.
+
+    Raises:
+        InputError: no such folder or no `config.json`; not a DFlash drafter; a field that changes the maths and is not
+            handled; a field that is missing, no number, or out of range.
+    """
+    if not folder.is_dir():
+        raise InputError(f"no drafter folder at {folder}")
+    where = folder / "config.json"
+    raw = read_json(where, what="the drafter's config")
+    found = raw.get("architectures") if isinstance(raw, dict) else None
+    if not found or found[0] != "DFlashDraftModel":
+        raise InputError(f"{where}: architectures is {found!r}, a DFlash drafter has ['DFlashDraftModel']")
+    _check_neutral(raw, where)
+    dflash = raw.get("dflash_config") or {}
+    merged = {**raw, **dflash, **{k: v for k, v in (raw.get("rope_parameters") or {}).items() if k == "rope_theta"}}
+    try:
+        config = DrafterConfig(
+            hidden_size=int(raw["hidden_size"]),
+            intermediate_size=int(raw["intermediate_size"]),
+            num_layers=int(raw["num_hidden_layers"]),
+            num_heads=int(raw["num_attention_heads"]),
+            num_kv_heads=int(raw["num_key_value_heads"]),
+            head_dim=int(raw.get("head_dim") or int(raw["hidden_size"]) // int(raw["num_attention_heads"])),
+            attention_bias=bool(raw.get("attention_bias", False)),
+            rms_norm_eps=float(raw["rms_norm_eps"]),
+            rope_theta=float(merged["rope_theta"]),
+            max_positions=int(raw["max_position_embeddings"]),
+            block_size=int(merged["block_size"]),
+            mask_token_id=int(merged["mask_token_id"]),
+            capture_layers=tuple(int(i) for i in merged["target_layer_ids"]),
+            num_target_layers=int(raw["num_target_layers"]),
+            vocab_size=int(raw["vocab_size"]),
+        )
+    except KeyError as error:
+        raise InputError(f"{where}: {error.args[0]} is missing") from error
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{where}: a size or an id is no number: {error}") from error
+    _check_ranges(config, where)
+    return config
