@@ -1,0 +1,31 @@
+"""The feature cache: every token once, provably intact, built to the same bytes however often the build was killed.
+
+It promises: a shard is verified before its first use; sequences are views of mapped files; a build's bytes depend on
+the responses, the target and the settings alone. The format is in docs/cache-format.md. It imports `core` and
+`targets`.
+"""
+
+from dflash_jax.cache.batch import stack_sequences
+from dflash_jax.cache.build import BuildProgress, Capture, build_cache
+from dflash_jax.cache.capture import build
+from dflash_jax.cache.config import CacheBuildConfig
+from dflash_jax.cache.manifest import check_fingerprint
+from dflash_jax.cache.reader import Cache, Sequence, open_cache
+from dflash_jax.cache.source import sequence_source
+from dflash_jax.cache.verify import cache_info, verify_cache
+
+__all__ = [
+    "BuildProgress",
+    "Cache",
+    "CacheBuildConfig",
+    "Capture",
+    "Sequence",
+    "build",
+    "build_cache",
+    "cache_info",
+    "check_fingerprint",
+    "open_cache",
+    "sequence_source",
+    "stack_sequences",
+    "verify_cache",
+]

@@ -1,0 +1,76 @@
+"""The forward of a build: the target itself."""
+
+from collections.abc import Callable
+from dataclasses import asdict
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import equinox as eqx
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int32
+
+from dflash_jax.cache.build import BuildProgress, CacheBuildConfig, build_cache, resolve_layers
+from dflash_jax.targets import Target, load_target, next_ids, prefill, read_target_config
+
+
+@eqx.filter_jit
+def _forward(
+    target: Target,
+    tokens: Int32[Array, "batch seq"],
+    lengths: Int32[Array, " batch"],
+    position_offset: Int32[Array, " batch"],
+    capture_layers: tuple[int, ...],
+    features_dtype: str,
+) -> tuple[Float[Array, "batch seq features"], Int32[Array, "batch seq"]]:
+    """Features as they are stored, and next_ids, of a padded batch. One compile per shape."""
+    output = prefill(target, tokens, lengths=lengths, position_offset=position_offset, capture_layers=capture_layers)
+    return output.features.astype(jnp.dtype(features_dtype)), next_ids(target, output.hidden)
+
+
+class TargetCapture:
+    """A `Capture` that runs the target, read at the first batch: nothing is loaded where nothing is left to do."""
+
+    def __init__(self, folder: Path, *, capture_layers: tuple[int, ...], features_dtype: str) -> None:
+        """Remember what to capture. `features_dtype` is that of the features on disk; the forward is float32."""
+        self._folder, self._capture_layers, self._features_dtype = folder, capture_layers, features_dtype
+
+    @cached_property
+    def _target(self) -> Target:
+        return load_target(self._folder)
+
+    def __call__(
+        self,
+        tokens: Int32[np.ndarray, "batch seq"],
+        lengths: Int32[np.ndarray, " batch"],
+        position_offset: Int32[np.ndarray, " batch"],
+    ) -> tuple[Float[Array, "batch seq features"], Int32[Array, "batch seq"]]:
+        """Launch the forward of a batch; see `Capture`."""
+        return _forward(
+            self._target,
+            jnp.asarray(tokens),
+            jnp.asarray(lengths),
+            jnp.asarray(position_offset),
+            self._capture_layers,
+            self._features_dtype,
+        )
+
+
+def build(
+    config: CacheBuildConfig, *, fingerprint: dict[str, Any], progress: Callable[[BuildProgress], None] | None = None
+) -> dict[str, Any]:
+    """Build a cache of a target folder's features; see `build_cache`, whose result and errors these are.
+
+    Args:
+        config: settings.
+        fingerprint: `targets.fingerprint` and the tokenizer's, merged; the rope's parameters are added here.
+        progress: called after every batch.
+    """
+    target = read_target_config(config.target)
+    capture = TargetCapture(
+        config.target, capture_layers=resolve_layers(config, target.num_layers), features_dtype=config.features
+    )
+    return build_cache(
+        config, fingerprint=fingerprint | {"rope": asdict(target.rope)}, capture=capture, progress=progress
+    )

@@ -1,0 +1,126 @@
+"""Reading a cache: sequences as views of files mapped into memory, every shard verified before its first use."""
+
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float, Int32, UInt8, UInt64
+
+from dflash_jax.cache.manifest import read_manifest
+from dflash_jax.cache.shards import file_problem, layout_problems, map_tensors
+from dflash_jax.core import InputError
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Sequence:
+    """One prompt with its response at one position offset. Arrays are read-only views of the shard, not copies.
+
+    Attributes:
+        features: target hidden states of the captured layers, joined in the order of `capture_layers`.
+        token_ids: prompt, then response.
+        next_ids: the target's greedy token after each token.
+        loss_mask: 1 on response tokens, 0 on the prompt's.
+        position_offset: absolute position of token 0.
+        prompt_len: prompt tokens; the first response token has this index.
+        prompt_hash: of the prompt's ids; equal prompts have equal hashes.
+        sequence_index: row of the responses file, 0-based; equal at every offset of the same text.
+    """
+
+    features: Float[np.ndarray, "seq features"]
+    token_ids: Int32[np.ndarray, " seq"]
+    next_ids: Int32[np.ndarray, " seq"]
+    loss_mask: UInt8[np.ndarray, " seq"]
+    position_offset: int
+    prompt_len: int
+    prompt_hash: int
+    sequence_index: int
+
+
+class Cache:
+    """A complete cache opened for reading; safe to share between threads. Use `open_cache`."""
+
+    def __init__(self, path: Path, manifest: dict[str, Any]) -> None:
+        """Take a manifest that was checked."""
+        self.path = path
+        self.manifest = manifest
+        counts = [entry["sequences"] for entry in manifest["shards"]]
+        self._first = np.cumsum([0, *counts])
+        self._shards: dict[int, dict[str, np.ndarray]] = {}
+        self._opening = threading.Lock()
+
+    @property
+    def num_sequences(self) -> int:
+        """Sequences stored; one text at four offsets counts four times."""
+        return self.manifest["num_sequences"]
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens stored."""
+        return self.manifest["num_tokens"]
+
+    @property
+    def max_length(self) -> int:
+        """Tokens of the longest sequence."""
+        return self.manifest["max_length"]
+
+    def _shard(self, index: int) -> dict[str, np.ndarray]:
+        """A shard's tensors, verified the first time."""
+        with self._opening:
+            if index not in self._shards:
+                self._shards[index] = self._open_shard(self.manifest["shards"][index])
+            return self._shards[index]
+
+    def _open_shard(self, entry: dict[str, Any]) -> dict[str, np.ndarray]:
+        path = self.path / entry["file"]
+        problem = file_problem(path, entry)
+        if problem is not None:
+            raise InputError(f"{problem}: run the same `cache build` again to make that shard anew")
+        tensors = map_tensors(path)
+        problems = layout_problems(path, tensors, entry, self.manifest)
+        if problems:
+            raise InputError(f"{problems[0]}: build the cache again in another folder")
+        return tensors
+
+    def sequence(self, index: int) -> Sequence:
+        """Return sequence `index`, 0 to `num_sequences - 1`, in the order of the shards.
+
+        Raises:
+            InputError: its shard is missing, damaged, or not what the manifest says (first use of the shard only).
+            IndexError: there is no such sequence.
+        """
+        if not 0 <= index < self.num_sequences:
+            raise IndexError(f"sequence {index} of a cache of {self.num_sequences}")
+        shard = int(np.searchsorted(self._first, index, side="right")) - 1
+        tensors, i = self._shard(shard), index - int(self._first[shard])
+        tokens = slice(int(tensors["seq_starts"][i]), int(tensors["seq_starts"][i + 1]))
+        return Sequence(
+            features=tensors["features"][tokens],
+            token_ids=tensors["token_ids"][tokens],
+            next_ids=tensors["next_ids"][tokens],
+            loss_mask=tensors["loss_mask"][tokens],
+            position_offset=int(tensors["position_offset"][i]),
+            prompt_len=int(tensors["prompt_len"][i]),
+            prompt_hash=int(tensors["prompt_hash"][i]),
+            sequence_index=int(tensors["sequence_index"][i]),
+        )
+
+    def prompt_hashes(self) -> UInt64[np.ndarray, " sequences"]:
+        """Return the prompt hash of every sequence, in order. Touches, and so verifies, every shard."""
+        return np.concatenate([self._shard(index)["prompt_hash"] for index in range(len(self.manifest["shards"]))])
+
+
+def open_cache(path: Path) -> Cache:
+    """Open a cache for reading. Only the manifest is read here.
+
+    Raises:
+        InputError: see `read_manifest`; or the cache is not complete.
+    """
+    manifest = read_manifest(path)
+    if not manifest["complete"]:
+        have, need = len(manifest["shards"]), manifest["num_shards"]
+        raise InputError(
+            f"the cache {path} is not complete ({have} of {need} shards): run the same `cache build` again"
+        )
+    return Cache(path, manifest)

@@ -1,0 +1,175 @@
+"""A build killed with SIGKILL at random instants and started again writes the bytes of one that was left alone."""
+
+import fcntl
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from dflash_jax.cache import open_cache, verify_cache
+from dflash_jax.core import InputError
+from support import toy_cache
+
+
+def run(*arguments, **options):
+    return subprocess.run(
+        [sys.executable, toy_cache.__file__, *map(str, arguments)], capture_output=True, text=True, **options
+    )
+
+
+def test_killed_25_times_gives_the_same_bytes(tmp_path):
+    rows = toy_cache.toy_rows(150)
+    for name in ("whole", "killed"):
+        toy_cache.write_inputs(tmp_path / name, rows)
+    toy_cache.build_toy(tmp_path / "whole")
+    done = run(tmp_path / "killed", 25, 13)
+    assert done.returncode == 0, done.stderr
+    seen = json.loads(done.stdout.splitlines()[-1])
+    killed_with = {kill["shards"] for kill in seen if kill["killed"]}
+    wanted = toy_cache.shard_bytes(tmp_path / "whole" / "cache")
+    # the kills did fall inside builds: several different states of the folder were left behind
+    assert len(killed_with) >= 3, seen
+    toy_cache.build_toy(tmp_path / "killed")
+    assert toy_cache.shard_bytes(tmp_path / "killed" / "cache") == wanted
+    assert verify_cache(tmp_path / "killed" / "cache")["problems"] == []
+    assert {path.name for path in (tmp_path / "killed" / "cache").iterdir()} == {*wanted, "manifest.json"}
+
+
+class KilledError(Exception):
+    pass
+
+
+def killed_after(batches):
+    """A capture that dies at its n-th batch, as a build does whose device is taken away."""
+    left = [batches]
+
+    def capture(tokens, lengths, position_offset):
+        left[0] -= 1
+        if left[0] < 0:
+            raise KilledError
+        return toy_cache.toy_capture(tokens, lengths, position_offset)
+
+    return capture
+
+
+@pytest.mark.parametrize("batches", [0, 1, 7])
+def test_interrupted_build_is_incomplete_then_resumes_and_keeps_shards(tmp_path, batches):
+    rows = toy_cache.toy_rows(20)
+    for name in ("whole", "part"):
+        toy_cache.write_inputs(tmp_path / name, rows)
+    toy_cache.build_toy(tmp_path / "whole")
+    with pytest.raises(KilledError):
+        toy_cache.build_toy(tmp_path / "part", capture=killed_after(batches))
+    cache = tmp_path / "part" / "cache"
+    have = len(toy_cache.shard_bytes(cache))
+    with pytest.raises(
+        InputError, match=rf"is not complete \({have} of \d+ shards\): run the same `cache build` again"
+    ):
+        open_cache(cache)
+    strays = [cache / ".shard-00009.safetensors.abc.partial", cache / ".tmpAbCdEf"]
+    for stray in strays:
+        stray.write_bytes(b"half")
+    progress = []
+    done = toy_cache.build_toy(tmp_path / "part", progress=progress.append)
+    assert done["shards_kept"] == have
+    assert (have > 0) == (batches == 7)
+    assert not any(stray.exists() for stray in strays)
+    assert toy_cache.shard_bytes(cache) == toy_cache.shard_bytes(tmp_path / "whole" / "cache")
+    assert progress[-1].tokens_done == progress[-1].tokens_total == done["num_tokens"]
+    assert (progress[0].tokens_kept > 0) == (have > 0)
+
+
+def test_damaged_shard_is_found_and_built_again(tmp_path):
+    toy_cache.write_inputs(tmp_path, toy_cache.toy_rows(20))
+    toy_cache.build_toy(tmp_path)
+    wanted = toy_cache.shard_bytes(tmp_path / "cache")
+    victim = tmp_path / "cache" / "shard-00001.safetensors"
+    victim.write_bytes(b"\0" + victim.read_bytes()[1:])
+    done = toy_cache.build_toy(tmp_path)
+    assert (done["shards_damaged"], done["shards_kept"]) == (1, len(wanted) - 1)
+    assert toy_cache.shard_bytes(tmp_path / "cache") == wanted
+    assert verify_cache(tmp_path / "cache")["ok"]
+
+
+def test_finished_build_does_nothing_again(tmp_path):
+    toy_cache.write_inputs(tmp_path, toy_cache.toy_rows(5))
+    toy_cache.build_toy(tmp_path)
+    before = (tmp_path / "cache" / "manifest.json").read_bytes()
+    toy_cache.build_toy(tmp_path, capture=killed_after(0))
+    assert (tmp_path / "cache" / "manifest.json").read_bytes() == before
+
+
+def test_second_builder_is_refused(tmp_path):
+    toy_cache.write_inputs(tmp_path, toy_cache.toy_rows(5))
+    (tmp_path / "cache").mkdir()
+    with (tmp_path / "cache" / ".lock").open("wb") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(InputError, match="another `cache build` is writing .*cache: wait for it"):
+            toy_cache.build_toy(tmp_path)
+    toy_cache.build_toy(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"tokens_per_shard": 700}, "tokens_per_shard was 600, now 700"),
+        ({"tokens_per_batch": 512}, "tokens_per_batch was 256, now 512"),
+        ({"capture_layers": (3, 1)}, r"capture_layers was \[1, 3\], now \[3, 1\]"),
+        ({"position_offsets": (0,)}, r"position_offsets was \[0, 1000\], now \[0\]"),
+        ({"features": "float32"}, "features was 'bfloat16', now 'float32'"),
+        ({"fingerprint": toy_cache.FINGERPRINT | {"target_weights": "w2"}}, "target_weights was 'w1', now 'w2'"),
+    ],
+)
+def test_changed_setting_is_named(tmp_path, changes, message):
+    toy_cache.write_inputs(tmp_path, toy_cache.toy_rows(5))
+    toy_cache.build_toy(tmp_path)
+    with pytest.raises(InputError, match=f"was begun with other settings: .*{message}") as error:
+        toy_cache.build_toy(tmp_path, **changes)
+    assert "\n" not in str(error.value)
+
+
+def test_changed_responses_are_named_and_moved_inputs_are_not(tmp_path):
+    toy_cache.write_inputs(tmp_path, toy_cache.toy_rows(5))
+    toy_cache.build_toy(tmp_path)
+    moved = (tmp_path / "responses.jsonl").rename(tmp_path / "moved.jsonl")
+    toy_cache.build_toy(tmp_path, responses=moved)
+    toy_cache.write_responses(moved, toy_cache.toy_rows(6))
+    with pytest.raises(InputError, match="responses_sha256 was"):
+        toy_cache.build_toy(tmp_path, responses=moved)
+
+
+def test_folder_with_other_things_is_refused(tmp_path):
+    toy_cache.write_inputs(tmp_path, toy_cache.toy_rows(5))
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache" / "thesis.tex").write_text("x")
+    with pytest.raises(InputError, match=r"holds files and is not a cache \(thesis.tex\): choose another --out"):
+        toy_cache.build_toy(tmp_path)
+
+
+FULL_DISK = """
+import resource, sys
+from pathlib import Path
+from support import toy_cache
+resource.setrlimit(resource.RLIMIT_FSIZE, (8000, 8000))
+toy_cache.build_toy(Path(sys.argv[1]))
+"""
+
+
+def test_no_room_is_one_line_and_the_build_resumes(tmp_path):
+    toy_cache.write_inputs(tmp_path, toy_cache.toy_rows(20))
+    path = os.pathsep.join([str(Path(toy_cache.__file__).parents[1]), *sys.path])
+    done = subprocess.run(
+        [sys.executable, "-c", FULL_DISK, tmp_path],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": path},
+    )
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith("dflash_jax.core.errors.InputError: cannot write the cache"), done.stderr
+    assert "run the same `cache build` again" in last
+    assert list((tmp_path / "cache").glob(".*.partial")) == []
+    toy_cache.build_toy(tmp_path)
+    assert verify_cache(tmp_path / "cache")["ok"]
