@@ -1,0 +1,125 @@
+"""The `responses` command: greedy responses of the target, batch by batch, resumable."""
+
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+from dflash_jax.core import InputError, Move, atomic_file, make_record, no_progress, sha256_json, write_json
+from dflash_jax.decode import Decoder
+from dflash_jax.generate.config import ResponsesConfig
+from dflash_jax.generate.prompts import EncodedPrompt, by_length, encode_prompts
+from dflash_jax.targets import fingerprint, load_target, read_target_config
+from dflash_jax.text import Tokenizer, load_tokenizer
+
+
+def _partial_path(out: Path) -> Path:
+    return out.with_name(out.name + ".partial")
+
+
+def _read_partial(path: Path, settings: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Rows of an interrupted run by prompt id. What a kill left of a last line is cut off the file.
+
+    Raises:
+        InputError: the file was begun with other settings, or is damaged.
+    """
+    content = path.read_bytes() if path.exists() else b""
+    whole = content[: content.rfind(b"\n") + 1]
+    # Bytes and not text: a kill may cut a character, and a response may hold characters that str.splitlines cuts at.
+    try:
+        rows = [json.loads(line) for line in whole.splitlines()]
+    except ValueError as error:
+        raise InputError(f"{path} is damaged ({error}): remove it to start afresh") from error
+    if not rows:
+        return {}
+    changed = [f"{k} was {rows[0].get(k)!r}, now {v!r}" for k, v in settings.items() if rows[0].get(k) != v]
+    if changed:
+        raise InputError(f"{path} was begun with other settings ({'; '.join(changed)}): remove it or keep the settings")
+    os.truncate(path, len(whole))
+    return {row["id"]: row for row in rows[1:]}
+
+
+def _rows(batch: list[EncodedPrompt], decoder: Decoder, tokenizer: Tokenizer) -> list[dict[str, Any]]:
+    decoded = decoder.decode([item.ids for item in batch])
+    return [
+        {
+            "id": item.prompt.id,
+            "set": item.prompt.set,
+            "prompt_ids": item.ids,
+            "response_ids": row.tokens,
+            "finish": "stop" if row.stopped else "length",
+            "text": tokenizer.decode(row.tokens),
+        }
+        for item, row in zip(batch, decoded.rows, strict=True)
+    ]
+
+
+def _append(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Append whole lines and sync: after a kill, all but the last line can be trusted."""
+    with path.open("ab") as file:
+        file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def generate_responses(config: ResponsesConfig, *, progress: Move = no_progress) -> dict[str, Any]:
+    """Write the target's greedy response to every prompt, in the prompts' order, and a record beside them.
+
+    Finished batches are kept in `OUT.partial`, so the same command goes on where a killed one stopped.
+
+    Returns:
+        `responses`, `num_prompts`, `num_tokens` (new ones, this run's), `tokens_per_s`, `seconds`, `finish` counts.
+
+    Raises:
+        InputError: bad target or prompts; an output that exists; a partial file begun with other settings.
+    """
+    if config.out.exists():
+        raise InputError(f"{config.out} exists already: choose another --out or remove it")
+    started = time.perf_counter()
+    tokenizer = load_tokenizer(config.target)
+    prompts = encode_prompts(
+        config.prompts, tokenizer, read_target_config(config.target), limit=config.limit, seed=config.seed
+    )
+    target_fingerprint = fingerprint(config.target) | tokenizer.fingerprint()
+    settings = {
+        "target": sha256_json(target_fingerprint),
+        "prompts": sha256_json([[item.prompt.id, item.ids] for item in prompts]),
+        "max_new_tokens": config.max_new_tokens,
+    }
+    partial = _partial_path(config.out)
+    config.out.parent.mkdir(parents=True, exist_ok=True)
+    done = _read_partial(partial, settings)
+    if not done:
+        partial.unlink(missing_ok=True)
+        _append(partial, [settings])
+    todo = [item for item in prompts if item.prompt.id not in done]
+    decoder = Decoder(
+        load_target(config.target),
+        stop_ids=tokenizer.stop_ids,
+        max_new_tokens=config.max_new_tokens,
+        batch_size=min(config.batch_size, max(1, len(todo))),
+    )
+    num_tokens = 0
+    for batch in by_length(todo, batch_size=config.batch_size):
+        rows = _rows(batch, decoder, tokenizer)
+        _append(partial, rows)
+        done |= {row["id"]: row for row in rows}
+        num_tokens += sum(len(row["response_ids"]) for row in rows)
+        progress(len(done), len(prompts), f"{num_tokens / (time.perf_counter() - started):.0f} tokens/s")
+    record = make_record("responses", config, seed=config.seed, fingerprint=target_fingerprint)
+    write_json(config.out.with_name(config.out.name + ".record.json"), record)
+    with atomic_file(config.out) as temporary:
+        lines = [json.dumps(done[item.prompt.id], ensure_ascii=False) + "\n" for item in prompts]
+        temporary.write_text("".join(lines), encoding="utf-8")
+    partial.unlink()
+    seconds = time.perf_counter() - started
+    finishes = [done[item.prompt.id]["finish"] for item in prompts]
+    return {
+        "responses": str(config.out),
+        "num_prompts": len(prompts),
+        "num_tokens": num_tokens,
+        "tokens_per_s": num_tokens / seconds,
+        "seconds": seconds,
+        "finish": {kind: finishes.count(kind) for kind in ("stop", "length")},
+    }

@@ -1,0 +1,172 @@
+import json
+
+import pytest
+
+from dflash_jax.core import InputError
+from dflash_jax.generate import ResponsesConfig, generate_responses
+from dflash_jax.text import load_tokenizer
+from support import tiny
+
+MAX_NEW = 38  # as in tests/decode/test_engine.py: the same shapes are compiled once
+
+
+def config(target, prompts, out, **changes):
+    settings = {"target": target, "prompts": prompts, "out": out, "max_new_tokens": MAX_NEW, "batch_size": 3}
+    return ResponsesConfig(**settings | changes)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """Prompt file, responses file and result of a run that nobody disturbed."""
+    folder = tmp_path_factory.mktemp("whole")
+    prompts = str(tiny.write_prompts(folder / "prompts.jsonl", tiny.TEXTS))
+    result = generate_responses(config(tiny.tiny_target(), prompts, folder / "out.jsonl"))
+    return prompts, folder / "out.jsonl", result
+
+
+def rows_of(path):
+    return [json.loads(line) for line in path.read_bytes().split(b"\n")[:-1]]
+
+
+def test_rows_are_in_the_prompts_order_and_say_how_they_ended(whole, target):
+    _, out, result = whole
+    rows, tokenizer = rows_of(out), load_tokenizer(target)
+    assert [row["id"] for row in rows] == [f"p{i}" for i in range(len(tiny.TEXTS))]
+    for row, text in zip(rows, tiny.TEXTS, strict=True):
+        assert list(row) == ["id", "set", "prompt_ids", "response_ids", "finish", "text"]
+        assert row["set"] == "prompts"
+        assert row["prompt_ids"] == tokenizer.encode(text)
+        assert row["text"] == tokenizer.decode(row["response_ids"])
+        stopped = row["response_ids"][-1] == tiny.STOP_ID
+        assert row["finish"] == ("stop" if stopped else "length")
+        assert tiny.STOP_ID not in row["response_ids"][:-1]
+        assert stopped or len(row["response_ids"]) == MAX_NEW
+    finishes = [row["finish"] for row in rows]
+    assert {"stop", "length"} == set(finishes)
+    assert result["finish"] == {"stop": finishes.count("stop"), "length": finishes.count("length")}
+    assert (result["num_prompts"], result["num_tokens"]) == (8, sum(len(row["response_ids"]) for row in rows))
+    assert result["responses"] == str(out)
+
+
+def test_the_record_lies_beside_and_nothing_else_is_left(whole):
+    _, out, _ = whole
+    assert sorted(path.name for path in out.parent.iterdir()) == ["out.jsonl", "out.jsonl.record.json", "prompts.jsonl"]
+    record = json.loads((out.parent / "out.jsonl.record.json").read_text())
+    assert record["command"] == "responses"
+    assert record["config"]["max_new_tokens"] == MAX_NEW
+    assert set(record["fingerprint"]) == {
+        "target_weights", "target_config", "tokenizer_sha256", "chat_template_sha256",
+    }  # fmt: skip
+
+
+class KilledError(Exception):
+    pass
+
+
+def killed_run(settings, *, after):
+    """A run that dies when `after` prompts are done; what its progress said."""
+    seen = []
+
+    def progress(done, total, _):
+        seen.append((done, total))
+        if done >= after:
+            raise KilledError
+
+    with pytest.raises(KilledError):
+        generate_responses(settings, progress=progress)
+    return seen
+
+
+def test_a_killed_run_goes_on_where_it_stopped(whole, target, tmp_path):
+    prompts, wanted, _ = whole
+    settings = config(target, prompts, tmp_path / "out.jsonl")
+    assert killed_run(settings, after=3) == [(3, 8)]
+    assert not settings.out.exists()
+    partial = tmp_path / "out.jsonl.partial"
+    content = partial.read_bytes()
+    assert content.count(b"\n") == 1 + 3
+    # the kill fell into the last line, inside the two bytes of an é
+    cut = content.rindex("é".encode()) + 1
+    lost = content[cut:].count(b"\n")
+    assert 1 <= lost < 3
+    partial.write_bytes(content[:cut])
+    # what was whole is not computed again; then a second kill, behind what the first one left
+    assert killed_run(settings, after=1) == [(6 - lost, 8)]
+    content = partial.read_bytes()
+    result = generate_responses(settings)
+    assert settings.out.read_bytes() == wanted.read_bytes()
+    assert not partial.exists()
+    kept = {json.loads(line)["id"] for line in content.split(b"\n")[1:-1]}
+    again = [row for row in rows_of(wanted) if row["id"] not in kept]
+    assert result["num_tokens"] == sum(len(row["response_ids"]) for row in again)
+
+
+def test_characters_that_python_takes_for_line_ends_survive(whole, target, tmp_path):
+    prompts, wanted, _ = whole
+    assert "\u2028" in "".join(row["text"] for row in rows_of(wanted))
+    settings = config(target, prompts, tmp_path / "out.jsonl")
+    killed_run(settings, after=8)  # all is done but the file
+    result = generate_responses(settings)
+    assert settings.out.read_bytes() == wanted.read_bytes()
+    assert result["num_tokens"] == 0
+
+
+def test_a_partial_file_of_other_settings_is_refused(whole, target, tmp_path):
+    prompts, _, _ = whole
+    settings = config(target, prompts, tmp_path / "out.jsonl")
+    killed_run(settings, after=3)
+    before = (tmp_path / "out.jsonl.partial").read_bytes()
+    with pytest.raises(InputError, match=r"begun with other settings \(max_new_tokens was 38, now 9\): remove it or"):
+        generate_responses(config(target, prompts, settings.out, max_new_tokens=9))
+    with pytest.raises(InputError, match="begun with other settings .prompts was '"):
+        generate_responses(config(target, prompts, settings.out, limit=5))
+    other = tiny.write_tiny_target(tmp_path / "other", seed=6)
+    with pytest.raises(InputError, match="begun with other settings .target was '"):
+        generate_responses(config(other, prompts, settings.out))
+    assert (tmp_path / "out.jsonl.partial").read_bytes() == before
+    (tmp_path / "out.jsonl.partial").write_bytes(before.replace(b'"id"', b'"id', 1))
+    with pytest.raises(InputError, match=r"out.jsonl.partial is damaged .*: remove it to start afresh"):
+        generate_responses(settings)
+
+
+def test_a_limit_takes_a_seeded_sample(whole, target, tmp_path):
+    prompts, wanted, _ = whole
+    full = {row["id"]: row for row in rows_of(wanted)}
+    picked = []
+    for seed in (0, 1):
+        out = tmp_path / f"{seed}.jsonl"
+        generate_responses(config(target, prompts, out, limit=3, seed=seed))
+        picked.append([row["id"] for row in rows_of(out)])
+        assert all(row == full[row["id"]] for row in rows_of(out))
+        assert len(rows_of(out)) == 3
+    assert picked[0] != picked[1]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", "the prompt file holds no rows: .*prompts.jsonl"),
+        ('{"id": "a", "prompt": "x"}\n{"id": "b", "prompt"\n', "prompts.jsonl line 2 is not JSON"),
+        ('{"id": "long", "prompt": "%s"}\n' % ("a" * 160), "'long' of .* has 160 tokens, the target's context is 160"),
+    ],
+)
+def test_bad_prompt_files_leave_nothing_behind(target, tmp_path, content, message):
+    path = tmp_path / "prompts.jsonl"
+    path.write_text(content)
+    with pytest.raises(InputError, match=message):
+        generate_responses(config(target, str(path), tmp_path / "new" / "out.jsonl"))
+    assert [entry.name for entry in tmp_path.iterdir()] == ["prompts.jsonl"]
+
+
+def test_an_output_that_exists_is_not_touched(whole, target):
+    prompts, out, _ = whole
+    before = out.read_bytes()
+    with pytest.raises(InputError, match=r"out.jsonl exists already: choose another --out or remove it"):
+        generate_responses(config(target, prompts, out))
+    assert out.read_bytes() == before
+
+
+@pytest.mark.parametrize("name", ["max_new_tokens", "batch_size", "limit"])
+def test_numbers_that_make_no_sense(target, tmp_path, name):
+    with pytest.raises(InputError, match=f"--{name.replace('_', '-')} is 0: a positive number is needed"):
+        config(target, "humaneval", tmp_path / "x", **{name: 0})
