@@ -1,0 +1,99 @@
+"""New drafters: from nothing, or warm-started from the target's own layers."""
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from dflash_jax.drafter import Drafter, DrafterConfig, init_drafter
+from dflash_jax.targets import Target
+
+
+def drafter_config(
+    target: Target, *, capture_layers: tuple[int, ...], num_layers: int, block_size: int, mask_token_id: int
+) -> DrafterConfig:
+    """Return the config of a drafter shaped like its target's layers."""
+    config = target.config
+    return DrafterConfig(
+        hidden_size=config.hidden_size,
+        intermediate_size=config.intermediate_size,
+        num_layers=num_layers,
+        num_heads=config.num_heads,
+        num_kv_heads=config.num_kv_heads,
+        head_dim=config.head_dim,
+        attention_bias=False,
+        rms_norm_eps=config.rms_norm_eps,
+        rope_theta=config.rope_theta,
+        max_positions=config.max_positions,
+        block_size=block_size,
+        mask_token_id=mask_token_id,
+        capture_layers=capture_layers,
+        num_target_layers=config.num_layers,
+        vocab_size=config.vocab_size,
+    )
+
+
+def _channel_rms(weight: Float[Array, "out hidden"], head_dim: int) -> Float[Array, " head_dim"]:
+    """Typical size of each head channel of a projection whose inputs have unit variance, averaged over heads."""
+    return jnp.sqrt(jnp.square(weight).sum(axis=1).reshape(-1, head_dim).mean(axis=0))
+
+
+def warm_start(drafter: Drafter, target: Target) -> Drafter:
+    """Return the drafter with layers copied from the target's two ends, reading the deepest captured layer.
+
+    The first half of the drafter's layers takes the target's first layers, which are made for what a block's slots are,
+    token embeddings; the second half (the larger where n is odd) takes its last ones, which are made for the head. The
+    target norms a layer's input with that layer's
+    own weight, the drafter norms the context once for all layers: the weight is moved into q, k and v, and the layer's
+    norm starts at 1. q_norm and k_norm, which a Llama has not, start at each channel's typical size, so attention
+    logits keep their scale. `fc` starts as the identity on the last captured layer. All of it is trained on.
+
+    **Source:** none; the ablation against random weights is in `docs/log.md`.
+    """
+    config = drafter.config
+    hidden = config.hidden_size
+    first = config.num_layers // 2
+    chosen = target.layers[:first] + target.layers[len(target.layers) - (config.num_layers - first) :]
+    layers = []
+    for layer, source in zip(drafter.layers, chosen, strict=True):
+        attention, scale = source.self_attn, source.input_layernorm.weight[None]
+        q, k, v = (attention.q_proj.weight * scale, attention.k_proj.weight * scale, attention.v_proj.weight * scale)
+        layers.append(
+            eqx.tree_at(
+                lambda x: (
+                    x.self_attn.q_proj.weight,
+                    x.self_attn.k_proj.weight,
+                    x.self_attn.v_proj.weight,
+                    x.self_attn.o_proj.weight,
+                    x.self_attn.q_norm.weight,
+                    x.self_attn.k_norm.weight,
+                    x.post_attention_layernorm.weight,
+                    x.mlp,
+                ),
+                layer,
+                (
+                    q,
+                    k,
+                    v,
+                    attention.o_proj.weight,
+                    _channel_rms(q, config.head_dim),
+                    _channel_rms(k, config.head_dim),
+                    source.post_attention_layernorm.weight,
+                    source.mlp,
+                ),
+            )
+        )
+    deepest = max(range(len(config.capture_layers)), key=lambda i: config.capture_layers[i])
+    fc = drafter.fc.weight.at[:, deepest * hidden : (deepest + 1) * hidden].add(jnp.eye(hidden))
+    return eqx.tree_at(
+        lambda x: (x.fc.weight, x.layers, x.norm.weight), drafter, (fc, tuple(layers), target.norm.weight)
+    )
+
+
+def new_drafter(config: DrafterConfig, target: Target, *, init: str, key: PRNGKeyArray) -> Drafter:
+    """Return a float32 drafter: `init` is "random", or "target" for `warm_start` on top of it."""
+    drafter = jax.jit(lambda k: init_drafter(config, key=k))(key)
+    if init == "random":
+        return drafter
+    # copies: the train step donates its state, the target must survive it
+    return jax.tree_util.tree_map(jnp.copy, warm_start(drafter, target))

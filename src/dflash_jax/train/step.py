@@ -1,0 +1,98 @@
+"""One optimizer step, compiled once: loss, gradient, clip, AdamW, with donated state."""
+
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float, Int32
+
+from dflash_jax.drafter import Drafter, StoredSequence
+from dflash_jax.train.config import TrainConfig
+from dflash_jax.train.loss import StepStatistics, block_loss
+
+
+class TrainState(eqx.Module):
+    """All that training carries from step to step; saved and restored whole.
+
+    Attributes:
+        drafter: float32 master weights.
+        optimizer: AdamW's moments and the schedule's count.
+        step: optimizer steps done.
+    """
+
+    drafter: Drafter
+    optimizer: Any
+    step: Int32[Array, ""]
+
+
+def learning_rate_schedule(config: TrainConfig) -> optax.Schedule:
+    """Return warm-up from 0, then a cosine to 0 at the last step (paper: warm-up ratio 0.04)."""
+    warmup = max(1, round(config.warmup_ratio * config.steps))
+    return optax.warmup_cosine_decay_schedule(
+        init_value=0.0, peak_value=config.learning_rate, warmup_steps=warmup, decay_steps=max(config.steps, warmup + 1)
+    )
+
+
+def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
+    """Return clip by global norm, then AdamW (betas 0.9 and `adam_b2`); weight decay on matrices alone."""
+    return optax.chain(
+        optax.clip_by_global_norm(config.clip_norm),
+        optax.adamw(
+            learning_rate_schedule(config),
+            b2=config.adam_b2,
+            weight_decay=config.weight_decay,
+            mask=lambda weights: jax.tree_util.tree_map(lambda leaf: leaf.ndim >= 2, weights),
+        ),
+    )
+
+
+def new_state(drafter: Drafter, config: TrainConfig) -> TrainState:
+    """Return the state before the first step."""
+    return TrainState(drafter=drafter, optimizer=make_optimizer(config).init(drafter), step=jnp.int32(0))  # pyright: ignore[reportArgumentType]
+
+
+class StepResult(eqx.Module):
+    """What one step reports.
+
+    Attributes:
+        statistics: of the batch, before the update.
+        grad_norm: global norm before clipping.
+    """
+
+    statistics: StepStatistics
+    grad_norm: Float[Array, ""]
+
+
+def make_step(config: TrainConfig):  # noqa: ANN201  (a jitted function)
+    """Return the compiled step `(state, embed_tokens, head, sequences) -> (state, StepResult)`; the state is donated.
+
+    Anchors are drawn from `fold_in(key(seed), step)`, so a step depends on nothing but its number, the seed and the
+    state.
+    """
+    optimizer = make_optimizer(config)
+
+    def step(
+        state: TrainState,
+        embed_tokens: Float[Array, "vocab hidden"],
+        head: Float[Array, "vocab hidden"],
+        sequences: StoredSequence,
+    ) -> tuple[TrainState, StepResult]:
+        key = jax.random.fold_in(jax.random.key(config.seed), state.step)
+        (_, statistics), gradient = jax.value_and_grad(block_loss, has_aux=True)(
+            state.drafter,
+            embed_tokens,
+            head,
+            sequences,
+            anchors_per_sequence=config.anchors_per_sequence,
+            gamma=config.decay_gamma,
+            key=key,
+        )
+        with jax.numpy_dtype_promotion("standard"):  # optax raises a float to its int32 count
+            updates, moments = optimizer.update(gradient, state.optimizer, state.drafter)  # pyright: ignore[reportArgumentType]
+        drafter = optax.apply_updates(state.drafter, updates)  # pyright: ignore[reportArgumentType]
+        new = TrainState(drafter=drafter, optimizer=moments, step=state.step + 1)  # pyright: ignore[reportArgumentType]
+        return new, StepResult(statistics=statistics, grad_norm=optax.tree.norm(gradient))
+
+    return jax.jit(step, donate_argnums=(0,))

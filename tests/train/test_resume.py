@@ -1,0 +1,164 @@
+"""Whole runs: interrupted, fine-tuned, overfitted, blown up."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from dflash_jax.check import CheckConfig, check
+from dflash_jax.core import InputError
+from dflash_jax.decode import Decoder
+from dflash_jax.drafter import load_drafter
+from dflash_jax.targets import load_target
+from dflash_jax.text import load_tokenizer
+from dflash_jax.train import train
+from dflash_jax.train.checkpoint import RunFolder
+from dflash_jax.train.step import new_state
+from support import tiny, tiny_chain
+
+pytestmark = pytest.mark.slow
+
+
+def curve(out):
+    """Rows of the curve without what is measured by the clock."""
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in row.items() if name not in ("seconds", "anchors_per_s")} for row in rows]
+
+
+def same_states(one, other, *, steps, config):
+    """Whether the newest states of two runs are equal, bit for bit."""
+    states = []
+    for out in (one, other):
+        like = new_state(load_drafter(out / f"run-{steps}"), config)
+        state, step = RunFolder(out).restore(like)
+        assert step == steps
+        states.append([np.asarray(leaf) for leaf in jax.tree_util.tree_leaves(state)])
+    return all(a.tobytes() == b.tobytes() for a, b in zip(*states, strict=True))
+
+
+def test_killed_runs_equal_the_one_left_alone(tmp_path, target_folder, cache):
+    path = os.pathsep.join([str(Path(tiny_chain.__file__).parents[1]), *filter(None, sys.path)])
+    done = subprocess.run(
+        [sys.executable, tiny_chain.__file__, target_folder, cache, tmp_path, "4", "3"],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": path},
+    )
+    assert done.returncode == 0, done.stderr
+    seen = json.loads(done.stdout.splitlines()[-1])
+    # the kills fell at different places, the first before anything could be resumed
+    assert seen[0]["drafters"] == 0 < seen[1]["drafters"] < seen[2]["drafters"] < seen[3]["drafters"] < 20, seen
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    assert curve(killed) == curve(whole)
+    assert [row["step"] for row in curve(whole)] == list(range(1, 41))
+    names = {str(path.relative_to(whole)) for path in (*whole.iterdir(), *(whole / "state").iterdir())}
+    assert {str(path.relative_to(killed)) for path in (*killed.iterdir(), *(killed / "state").iterdir())} == names
+    for step in range(2, 41, 2):
+        weights = [(out / f"run-{step}" / "model.safetensors").read_bytes() for out in (whole, killed)]
+        assert weights[0] == weights[1], step
+    assert same_states(whole, killed, steps=40, config=tiny_chain.train_config(target_folder, cache, whole, steps=40))
+
+
+@pytest.fixture(scope="module")
+def parent(tmp_path_factory, target_folder):
+    """A short run on two texts, and its cache."""
+    folder = tmp_path_factory.mktemp("parent")
+    cache = tiny_chain.make_cache(folder / "chain", target_folder, tiny.TEXTS[1:3])
+    config = tiny_chain.train_config(target_folder, cache, folder / "run", steps=8, num_layers=1)
+    train(config)
+    return folder / "run" / "run-8", cache
+
+
+def hashes_of(drafter):
+    return set(json.loads((drafter / "record.json").read_text())["trained_prompt_hashes"])
+
+
+class StoppedError(Exception):
+    pass
+
+
+def test_fine_tuning_goes_on_from_the_weights_and_resumes(tmp_path, target_folder, cache, parent):
+    drafter, _ = parent
+    settings = {"steps": 8, "block_size": None, "num_layers": None, "keep_initial": True}
+    config = tiny_chain.train_config(target_folder, cache, tmp_path / "run", init_from=drafter, **settings)
+
+    def stop(done, *_):
+        if done == 8:
+            raise StoppedError
+
+    with pytest.raises(StoppedError):
+        train(config, progress=stop)
+    weights = [(folder / "model.safetensors").read_bytes() for folder in (drafter, tmp_path / "run" / "run-0")]
+    assert weights[0] == weights[1]
+    # run-0 is no untrained drafter: it has seen what its parent has
+    assert hashes_of(tmp_path / "run" / "run-0") == hashes_of(drafter)
+    assert len(curve(tmp_path / "run")) == 8
+    # without --init-from, which the run's own config names
+    resumed = tiny_chain.train_config(target_folder, cache, tmp_path / "run", resume=True, **settings)
+    said = train(resumed)
+    assert (said["steps_this_run"], said["num_prompts"]) == (4, 8)
+    assert len(curve(tmp_path / "run")) == 8
+    assert hashes_of(tmp_path / "run" / "run-8") == hashes_of(tmp_path / "run" / "run-4") > hashes_of(drafter)
+    again = train(resumed)
+    assert (again["steps_this_run"], again["loss"]) == (0, said["loss"])
+    with pytest.raises(InputError, match=r"init_from was '.*run-8', now '.*run-0'$"):
+        train(tiny_chain.train_config(
+            target_folder, cache, tmp_path / "run", resume=True, init_from=tmp_path / "run" / "run-0", **settings
+        ))  # fmt: skip
+
+
+def test_damaged_state_is_named_and_the_one_before_serves(tmp_path, target_folder, cache):
+    settings = {"steps": 6, "num_layers": 1, "checkpoint_every": 3}
+    config = tiny_chain.train_config(target_folder, cache, tmp_path / "run", **settings)
+    train(config)
+    weights, rows = (tmp_path / "run" / "run-6" / "model.safetensors").read_bytes(), curve(tmp_path / "run")
+    for file in (tmp_path / "run" / "state" / "6" / "default").rglob("*"):
+        if file.is_file():
+            file.write_bytes(b"")
+    resumed = tiny_chain.train_config(target_folder, cache, tmp_path / "run", resume=True, **settings)
+    with pytest.raises(InputError, match=r"run/state/6 cannot be restored \(.*\): remove that folder$") as error:
+        train(resumed)
+    assert "\n" not in str(error.value)
+    shutil.rmtree(tmp_path / "run" / "state" / "6")
+    assert train(resumed)["steps_this_run"] == 3
+    assert (tmp_path / "run" / "run-6" / "model.safetensors").read_bytes() == weights
+    assert curve(tmp_path / "run") == rows
+
+
+def test_one_prompt_is_learned_by_heart(tmp_path, target_folder):
+    text = tiny.TEXTS[1]
+    cache = tiny_chain.make_cache(tmp_path / "chain", target_folder, [text])
+    config = tiny_chain.train_config(
+        target_folder, cache, tmp_path / "run", steps=200, learning_rate=1e-2, num_layers=1,
+        anchors_per_sequence=30, sequences_per_step=1, checkpoint_every=200,
+    )  # fmt: skip
+    said = train(config)
+    assert said["accuracy"] == 1.0
+    drafter = tmp_path / "run" / "run-200"
+    checked = check(CheckConfig(target=target_folder, cache=cache, drafter=drafter))
+    assert checked["accept_len_mean"] == 4.0
+    tokenizer = load_tokenizer(target_folder)
+    decoder = Decoder(load_target(target_folder), stop_ids=tokenizer.stop_ids, max_new_tokens=24, batch_size=1)
+    # 24 tokens: one from the prompt's own pass, 23 in blocks of 5
+    decoded = decoder.decode([tokenizer.encode(text)], drafter=load_drafter(drafter)).rows[0]
+    assert decoded.committed == [5, 5, 5, 5, 3]
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, target_folder, cache):
+    settings = {"steps": 6, "num_layers": 1, "checkpoint_every": 1, "learning_rate": 1e30}
+    config = tiny_chain.train_config(target_folder, cache, tmp_path / "run", **settings)
+    # the first step's learning rate is 0, the second ruins the weights, the third sees it
+    message = (
+        r"^loss or gradient is not finite at step 3: the last good checkpoint is .*run-1; start again with a lower"
+    )
+    with pytest.raises(InputError, match=message):
+        train(config)
+    rows = curve(tmp_path / "run")
+    assert [row["step"] for row in rows] == [1, 2]
+    assert np.isfinite([row["loss"] for row in rows]).all()
