@@ -1,0 +1,31 @@
+"""What the `report` command is told."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from dflash_jax.core import InputError
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ReportConfig:
+    """Make one self-contained HTML page from record files."""
+
+    inputs: tuple[Path, ...]
+    """Check JSON, decode JSON, decode details JSONL, run folders: any mix and number, told apart by their keys."""
+    out: Path
+    """The HTML page to write; an older one is replaced."""
+    title: str | None = None
+    """The page's heading; default: named after the first check, or the first run."""
+
+    def __post_init__(self) -> None:
+        """Check that there is something to read and a file to write."""
+        if not self.inputs:
+            raise InputError(
+                "--inputs is empty: give a check JSON, a decode JSON, a decode details JSONL or a run folder"
+            )
+        if self.out.is_dir():
+            raise InputError(
+                f"--out {self.out} is a folder: give the name of the page, such as {self.out / 'report.html'}"
+            )
+        if self.out.resolve() in {path.resolve() for path in self.inputs}:
+            raise InputError(f"--out {self.out} is also an input: choose another name for the page")

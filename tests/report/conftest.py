@@ -1,0 +1,177 @@
+"""Record files as the commands write them, at the size of a small demo: two cores, block 8, four offsets."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+OFFSETS = (0, 4096, 65536, 131072)
+WORDS = [
+    "def",
+    " has",
+    "_close",
+    "_elements",
+    "(",
+    "numbers",
+    ":",
+    " List",
+    "[",
+    "float",
+    "]",
+    ")",
+    " ->",
+    " bool",
+    ":\n",
+]
+WORDS += [
+    "    ",
+    "for",
+    " i",
+    " in",
+    " range",
+    "(len",
+    "(numbers",
+    ")):",
+    "\n",
+    "        ",
+    "if",
+    " a < b",
+    " & c",
+    ":",
+    "\n\n",
+]
+
+
+def bucket(accept_len: float, *, anchors: int, prompts: int, half: float = 0.04) -> dict[str, Any]:
+    """One group's statistics whose survival sums to `accept_len` on every anchor, and to a bit less along the chain."""
+    share = accept_len / (1 + accept_len)  # geometric: the sum of share**k over all k is accept_len
+    survival = [round(share**slot, 4) for slot in range(1, 8)]
+    chain = [round(0.94 * value, 4) for value in survival]
+    tau = 1 + sum(chain)
+    return {
+        "accept_len_mean": round(sum(survival), 4),
+        "accept_len_p50": 0.0,
+        "accept_len_p90": 2.0,
+        "accept_len_p99": 5.0,
+        "accept_len_ci95": [round(sum(survival) - half, 4), round(sum(survival) + half, 4)],
+        "token_acc_mean": round(share / 2.2, 4),
+        "survival": survival,
+        "replay": {
+            "tau_micro": round(tau, 4),
+            "tau_macro": round(tau + 0.03, 4),
+            "tau_ci95": [round(tau - half, 4), round(tau + half, 4)],
+            "survival": chain,
+            "num_blocks": round(anchors / tau),
+        },
+        "num_anchors": anchors,
+        "num_prompts": prompts,
+        "num_unlabelled": 0,
+    }
+
+
+def check(**changes: Any) -> dict[str, Any]:
+    """A check of a drafter that learned a little and keeps parity."""
+    unseen = bucket(0.55, anchors=4 * 15744, prompts=164)
+    by_offset = {str(offset): bucket(0.55, anchors=15744, prompts=164) for offset in OFFSETS}
+    differences = {"4096": [-0.0011, 0.0009], "65536": [-0.0002, 0.0021], "131072": [-0.0018, 0.0007]}
+    document = unseen | {
+        "seen": None,
+        "unseen": unseen,
+        "by_ctx_pos_start": by_offset,
+        "accept_len_by_offset_difference": {
+            offset: {"mean": round(sum(interval) / 2, 5), "ci95": interval} for offset, interval in differences.items()
+        },
+        "untrained": bucket(0.012, anchors=15744, prompts=164, half=0.004),
+        "block_size": 8,
+        "cache": "demo/cache-heldout",
+        "drafter": "demo/run/run-600",
+    }
+    return document | changes
+
+
+def decode(**changes: Any) -> dict[str, Any]:
+    """A decode --compare record."""
+    document = {"tokens_equal": True, "tau_micro": 1.482, "tau_macro": 1.513, "tokens_per_s": 71.4}
+    document |= {"plain_tokens_per_s": 58.9, "speedup": 1.212, "num_prompts": 24, "num_tokens": 2304, "block_size": 8}
+    return document | changes
+
+
+def detail(number: int, **changes: Any) -> dict[str, Any]:
+    """One row of decode details: blocks of 1 to 5 tokens over made-up code."""
+    accepted = [1 + (number * 7 + 3 * place * place) % 5 * (place % 3 == 0) for place in range(40)]
+    pieces = [WORDS[(place * (number + 1) + number) % len(WORDS)] for place in range(1 + sum(accepted))]
+    row = {
+        "id": f"HumanEval/{number}",
+        "prompt": "Write a solution to the following problem:\n```python\ndef f(): ...\n```",
+    }
+    row |= {"pieces": pieces, "accepted": accepted, "tokens_equal": True, "tau": sum(accepted) / len(accepted)}
+    return row | changes
+
+
+def metrics(count: int) -> list[dict[str, Any]]:
+    """A curve that falls and levels off, every 10 steps."""
+    rows = []
+    for place in range(1, count + 1):
+        done = place / count
+        accuracy = [round(0.62 * (1 - math.exp(-4 * done)) * 0.72**slot, 4) for slot in range(7)]
+        wobble = 0.12 * math.sin(place * 1.7) * math.cos(place * 0.31)
+        row = {
+            "step": 10 * place,
+            "loss": round(3.4 + 6.6 * math.exp(-5 * done) + wobble, 4),
+            "accuracy_by_slot": accuracy,
+        }
+        row |= {"accuracy": round(sum(accuracy) / 7, 4), "learning_rate": 6e-4 * (1 - done), "grad_norm": 1.2 + wobble}
+        rows.append(row | {"anchors_per_s": 410.0 + 9 * wobble, "seconds": 6.2 * place})
+    return rows
+
+
+def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def write_json(path: Path, document: Any) -> Path:
+    path.write_text(json.dumps(document))
+    return path
+
+
+def write_run(folder: Path, *, count: int = 60) -> Path:
+    """A run folder: config, curve, two kept drafters with their records."""
+    config = {
+        "target": "demo/target",
+        "cache": "demo/cache-train",
+        "out": str(folder),
+        "steps": 10 * count,
+        "block_size": 8,
+    }
+    versions = {"dflash-jax": "0.1.0", "python": "3.11.2", "jax": "0.10.2", "equinox": "0.13.1", "optax": "0.2.8"}
+    record = {"command": "train", "config": config, "argv": ["dflash-jax", "train", "--out", "my run"], "seed": 0}
+    record |= {"created_utc": "2026-11-23T18:00:00+00:00", "versions": versions, "devices": ["TFRT_CPU_0"]}
+    record |= {"git_revision": "f7c5e02", "trained_prompt_hashes": list(range(4000))}
+    record |= {"fingerprint": {"target_sha256": "9f2c" * 16, "tokenizer_sha256": "ab01" * 16}}
+    for step in (50, 100):
+        (folder / f"run-{step}").mkdir(parents=True)
+        write_json(folder / f"run-{step}" / "record.json", record)
+    write_json(folder / "config.json", config)
+    write_jsonl(folder / "metrics.jsonl", metrics(count))
+    return folder
+
+
+class Builder:
+    """The functions above, for tests: pytest's importlib mode does not let them import this file."""
+
+    bucket = staticmethod(bucket)
+    check = staticmethod(check)
+    decode = staticmethod(decode)
+    detail = staticmethod(detail)
+    metrics = staticmethod(metrics)
+    write_json = staticmethod(write_json)
+    write_jsonl = staticmethod(write_jsonl)
+    write_run = staticmethod(write_run)
+
+
+@pytest.fixture(scope="session")
+def build() -> type[Builder]:
+    return Builder
