@@ -119,7 +119,7 @@ def in_child(work):
         os.write(write_end, str(work()).encode())
         os._exit(0)
     os.close(write_end)
-    with open(read_end) as answer:
+    with os.fdopen(read_end) as answer:
         text = answer.read()
     os.waitpid(child, 0)
     return int(text) if text else None
