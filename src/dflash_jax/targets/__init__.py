@@ -6,8 +6,9 @@ jaxtyping and safetensors.
 """
 
 from dflash_jax.targets.config import TargetConfig, default_capture_layers, read_target_config
-from dflash_jax.targets.llama import KVCache, Target, TargetOutput, extend, next_ids, prefill
-from dflash_jax.targets.loading import describe_target, fingerprint, load_target, tensor_shapes
+from dflash_jax.targets.decoder import KVCache, Target, TargetOutput, extend, next_ids, prefill
+from dflash_jax.targets.layout import stored_shapes, tensor_axes, tensor_shapes
+from dflash_jax.targets.loading import describe_target, fingerprint, load_target
 
 __all__ = [
     "KVCache",
@@ -22,5 +23,7 @@ __all__ = [
     "next_ids",
     "prefill",
     "read_target_config",
+    "stored_shapes",
+    "tensor_axes",
     "tensor_shapes",
 ]

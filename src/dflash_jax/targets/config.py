@@ -49,6 +49,17 @@ class TargetConfig:
         rope_theta: base of the rotary frequencies.
         max_positions: context length the target was made for, tokens.
         tie_embeddings: whether the head is the embedding.
+        attention_bias: whether q, k, v and o have biases.
+        mlp_bias: whether gate, up and down have biases.
+        qk_norm: whether every head's queries and keys pass an RMSNorm before RoPE (Qwen3).
+        attention_sinks: whether every head has a sink: a logit beside its scores that takes weight and gives nothing.
+        sliding_window: tokens that sliding layers see, the query's own included; None without such layers.
+        sliding_layers: 0-based layers with a sliding window.
+        num_experts: experts of every MLP; 0 for a dense one.
+        experts_per_token: experts that work on a token.
+        swiglu_alpha: sigmoid gain of the experts' clamped SwiGLU.
+        swiglu_limit: bound of its gate (from above) and up (from both sides).
+        mxfp4: whether the checkpoint holds the experts' matrices as MXFP4 blocks and scales.
     """
 
     architecture: str
@@ -63,6 +74,17 @@ class TargetConfig:
     rope_theta: float
     max_positions: int
     tie_embeddings: bool
+    attention_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False
+    attention_sinks: bool = False
+    sliding_window: int | None = None
+    sliding_layers: tuple[int, ...] = ()
+    num_experts: int = 0
+    experts_per_token: int = 0
+    swiglu_alpha: float = 1.702
+    swiglu_limit: float = 7.0
+    mxfp4: bool = False
 
     @property
     def rope(self) -> Rope:

@@ -10,35 +10,12 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from dflash_jax.core import InputError, check_names_and_shapes, read_header, read_json, sha256_file, sha256_json
-from dflash_jax.nn import Linear, RMSNorm, SwiGLU
 from dflash_jax.targets.config import TargetConfig, default_capture_layers, read_target_config
-from dflash_jax.targets.llama import Attention, DecoderLayer, Target
+from dflash_jax.targets.decoder import Target
+from dflash_jax.targets.layout import assemble, tensor_shapes
 
 _INDEX = "model.safetensors.index.json"
 _DTYPES = ("BF16", "F16", "F32")  # others are quantised: numbers that mean nothing without their scales
-
-
-def tensor_shapes(config: TargetConfig) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the checkpoint that a config calls for (Hugging Face's Llama names)."""
-    hidden, inner = config.hidden_size, config.intermediate_size
-    q, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-    shapes = {"model.embed_tokens.weight": (config.vocab_size, hidden), "model.norm.weight": (hidden,)}
-    if not config.tie_embeddings:
-        shapes["lm_head.weight"] = (config.vocab_size, hidden)
-    for i in range(config.num_layers):
-        layer = {
-            "self_attn.q_proj": (q, hidden),
-            "self_attn.k_proj": (kv, hidden),
-            "self_attn.v_proj": (kv, hidden),
-            "self_attn.o_proj": (hidden, q),
-            "mlp.gate_proj": (inner, hidden),
-            "mlp.up_proj": (inner, hidden),
-            "mlp.down_proj": (hidden, inner),
-            "input_layernorm": (hidden,),
-            "post_attention_layernorm": (hidden,),
-        }
-        shapes |= {f"model.layers.{i}.{name}.weight": shape for name, shape in layer.items()}
-    return shapes
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -108,29 +85,7 @@ def load_target(folder: Path, *, dtype: jnp.dtype | type = jnp.float32) -> Targe
     """
     config = read_target_config(folder)
     weights = _read_weights(folder, config, jnp.dtype(dtype))
-
-    def linear(name: str) -> Linear:
-        return Linear(weight=weights.pop(f"{name}.weight"))
-
-    def norm(name: str) -> RMSNorm:
-        return RMSNorm(weight=weights.pop(f"{name}.weight"), eps=config.rms_norm_eps)
-
-    def layer(prefix: str) -> DecoderLayer:
-        projections = {name: linear(f"{prefix}.self_attn.{name}") for name in ("q_proj", "k_proj", "v_proj", "o_proj")}
-        return DecoderLayer(
-            input_layernorm=norm(f"{prefix}.input_layernorm"),
-            self_attn=Attention(**projections, head_dim=config.head_dim),
-            post_attention_layernorm=norm(f"{prefix}.post_attention_layernorm"),
-            mlp=SwiGLU(**{name: linear(f"{prefix}.mlp.{name}") for name in ("gate_proj", "up_proj", "down_proj")}),
-        )
-
-    return Target(
-        embed_tokens=weights.pop("model.embed_tokens.weight"),
-        layers=tuple(layer(f"model.layers.{i}") for i in range(config.num_layers)),
-        norm=norm("model.norm"),
-        lm_head=weights.pop("lm_head.weight", None),
-        config=config,
-    )
+    return assemble(config, weights.pop)
 
 
 def fingerprint(folder: Path) -> dict[str, str]:
