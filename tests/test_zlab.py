@@ -8,9 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dflash_jax.accept import evaluate_cache, replay_blocks
 from dflash_jax.cache import open_cache
-from dflash_jax.check.evaluate import evaluate_cache
-from dflash_jax.check.statistics import replay_blocks
 from dflash_jax.core import no_progress
 from dflash_jax.decode import Decoder
 from dflash_jax.drafter import draft_blocks, load_drafter

@@ -8,10 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dflash_jax.accept import evaluate_anchors, evaluate_cache, replay_blocks
 from dflash_jax.cache import open_cache, stack_sequences
 from dflash_jax.check import CheckConfig, check
-from dflash_jax.check.evaluate import evaluate_anchors, evaluate_cache
-from dflash_jax.check.statistics import replay_blocks
 from dflash_jax.core import InputError, load_tensors, no_progress, read_json, read_jsonl, sha256_file, write_json
 from dflash_jax.decode import Decoder
 from dflash_jax.drafter import load_drafter, save_drafter
@@ -254,7 +253,7 @@ def refused(message, *paths, **changes):
 
 def test_settings_that_the_cache_or_the_drafter_has_not(target_folder, cache_folder, drafter_folder):
     paths = target_folder, cache_folder, drafter_folder
-    refused("^--block-size is 6: the drafter was trained for blocks of at most 5$", *paths, block_size=6)
+    refused("^--block-size is 6: the drafter was trained for blocks of 5, at most that$", *paths, block_size=6)
     refused(r"^--position-offsets names 7: .*cache holds 0, 70000$", *paths, position_offsets=(0, 7))
 
 
@@ -276,7 +275,7 @@ def test_a_drafter_of_other_layers_or_sizes_is_named(tmp_path, target_folder, ca
     refused(message, target_folder, cache_folder, layers)
     sizes = changed(tmp_path / "b", drafter_folder, hidden_size=25, vocab_size=54, num_target_layers=6)
     message = (
-        r"^the drafter .*changed does not fit the target .*: hidden_size is 25, the target's is 24; "
+        r"^the drafter .*changed does not fit the target: hidden_size is 25, the target's is 24; "
         r"vocab_size is 54, the target's is 53; num_target_layers is 6, the target's is 5$"
     )
     refused(message, target_folder, cache_folder, sizes)

@@ -4,10 +4,16 @@ from pathlib import Path
 from typing import Any
 
 from dflash_jax import targets, text
+from dflash_jax.accept import (
+    SequenceResult,
+    check_block_size,
+    check_fit,
+    evaluate_cache,
+    offset_differences,
+    summarise,
+)
 from dflash_jax.cache import Cache, check_fingerprint, open_cache
 from dflash_jax.check.config import CheckConfig
-from dflash_jax.check.evaluate import SequenceResult, evaluate_cache
-from dflash_jax.check.statistics import offset_differences, summarise
 from dflash_jax.core import RECORD_NAME, InputError, Move, make_record, no_progress, read_json
 from dflash_jax.drafter import DrafterConfig, drafter_fingerprint, load_drafter, read_drafter_config
 
@@ -32,23 +38,11 @@ def _check_fit(config: CheckConfig, cache: Cache, drafter: DrafterConfig, record
     check_fingerprint(
         cache.manifest, {"capture_layers": list(drafter.capture_layers)}, what=f"the drafter {config.drafter}"
     )
-    target = targets.read_target_config(config.target)
-    sizes = {
-        "hidden_size": (drafter.hidden_size, target.hidden_size),
-        "vocab_size": (drafter.vocab_size, target.vocab_size),
-        "num_target_layers": (drafter.num_target_layers, target.num_layers),
-    }
-    wrong = [f"{name} is {ours}, the target's is {theirs}" for name, (ours, theirs) in sizes.items() if ours != theirs]
-    if wrong:
-        raise InputError(f"the drafter {config.drafter} does not fit the target {config.target}: {'; '.join(wrong)}")
+    check_fit(drafter, targets.read_target_config(config.target), where=config.drafter)
     if record is not None and "cache_fingerprint" in record:
         trained_on = {name: record["cache_fingerprint"].get(name) for name in _SHARED_FIELDS}
         check_fingerprint(cache.manifest, trained_on, what=f"the drafter {config.drafter}")
-    if config.block_size is not None and config.block_size > drafter.block_size:
-        raise InputError(
-            f"--block-size is {config.block_size}: the drafter was trained for blocks of at most {drafter.block_size}"
-        )
-    return config.block_size or drafter.block_size
+    return check_block_size(config.block_size, drafter)
 
 
 def _check_offsets(config: CheckConfig, cache: Cache) -> None:

@@ -2,47 +2,18 @@
 
 import json
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from dflash_jax.core import InputError, Move, atomic_file, make_record, no_progress, write_json
+from dflash_jax.accept import check_block_size, check_fit
+from dflash_jax.core import Move, atomic_file, make_record, no_progress, write_json
 from dflash_jax.decode import Decoded, DecodedBatch, Decoder
-from dflash_jax.drafter import Drafter, DrafterConfig, drafter_fingerprint, load_drafter, read_drafter_config
+from dflash_jax.drafter import Drafter, drafter_fingerprint, load_drafter, read_drafter_config
 from dflash_jax.generate.config import DecodeConfig
 from dflash_jax.generate.prompts import EncodedPrompt, by_length, encode_prompts
-from dflash_jax.targets import TargetConfig, load_target, read_target_config
+from dflash_jax.targets import load_target, read_target_config
 from dflash_jax.text import Tokenizer, load_tokenizer
-
-
-def check_fit(drafter: DrafterConfig, target: TargetConfig, *, where: Path) -> None:
-    """Raise where a drafter cannot work with a target.
-
-    Raises:
-        InputError: every size that differs, by name.
-    """
-    pairs = {
-        "hidden_size": (drafter.hidden_size, target.hidden_size),
-        "vocab_size": (drafter.vocab_size, target.vocab_size),
-        "num_target_layers": (drafter.num_target_layers, target.num_layers),
-    }
-    wrong = [f"{name} is {ours}, the target's is {theirs}" for name, (ours, theirs) in pairs.items() if ours != theirs]
-    if wrong:
-        raise InputError(f"the drafter {where} does not fit the target: {'; '.join(wrong)}")
-
-
-def check_block_size(asked: int | None, config: DrafterConfig) -> int:
-    """Return the block size to use: the one asked for, or the trained one.
-
-    Raises:
-        InputError: more was asked for than the drafter was trained for.
-    """
-    if asked is not None and asked > config.block_size:
-        raise InputError(
-            f"--block-size is {asked}: the drafter was trained for blocks of {config.block_size}, at most that"
-        )
-    return asked or config.block_size
 
 
 @dataclass

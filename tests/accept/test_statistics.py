@@ -3,8 +3,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dflash_jax.check.evaluate import SequenceResult
-from dflash_jax.check.statistics import bootstrap_interval, offset_differences, replay_blocks, summarise
+from dflash_jax.accept.evaluate import SequenceResult
+from dflash_jax.accept.statistics import bootstrap_interval, offset_differences, replay_blocks, summarise
 from oracles import acceptance
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Int
 
-from dflash_jax.check.evaluate import SequenceResult
+from dflash_jax.accept.evaluate import SequenceResult
 
 
 def replay_blocks(result: SequenceResult) -> list[int]:
