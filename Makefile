@@ -15,6 +15,7 @@ PYTEST = $(DEV)/bin/python -m pytest -n 2 --dist loadfile
 
 RUN := .venv
 DEV := .venv-dev
+CODE := src tests benchmarks recipes
 SOURCES := pyproject.toml constraints.txt requirements-nodeps.txt
 
 .DEFAULT_GOAL := help
@@ -51,14 +52,14 @@ test-fast: $(DEV)/installed
 	$(PYTEST) -m "not slow" $(ARGS)
 
 check: $(DEV)/installed
-	$(DEV)/bin/ruff format --check src tests
-	$(DEV)/bin/ruff check src tests
+	$(DEV)/bin/ruff format --check $(CODE)
+	$(DEV)/bin/ruff check $(CODE)
 	$(DEV)/bin/basedpyright --pythonpath $(DEV)/bin/python
 	$(DEV)/bin/lint-imports --no-logo
 
 format: $(DEV)/installed
-	$(DEV)/bin/ruff format src tests
-	$(DEV)/bin/ruff check --fix src tests
+	$(DEV)/bin/ruff format $(CODE)
+	$(DEV)/bin/ruff check --fix $(CODE)
 
 clean:
 	rm -rf $(RUN) $(DEV)
