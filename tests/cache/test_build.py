@@ -70,6 +70,7 @@ def test_what_is_read_is_what_was_captured(tmp_path):
         tokens = prompt + response
         assert got.token_ids.tolist() == tokens
         assert got.prompt_len == len(prompt)
+        assert got.prompt_set == f"toy-{got.sequence_index % 3}"
         assert got.loss_mask.tolist() == [0] * len(prompt) + [1] * len(response)
         assert got.next_ids.tolist() == [(5 * token + place) % 97 for place, token in enumerate(tokens)]
         shift = got.position_offset // 1000
@@ -104,6 +105,7 @@ GOOD = {"id": "a", "prompt_ids": [1], "response_ids": [2], "set": "s", "finish":
 BAD_ROWS = [
     (GOOD | {"id": 3}, "id is missing or not a string"),
     ({"id": "a", "response_ids": [2]}, "prompt_ids is missing"),
+    (GOOD | {"set": 7}, "set is not a string"),
     (GOOD | {"response_ids": []}, "response_ids is not a list of token ids, or empty"),
     (GOOD | {"response_ids": "2"}, "response_ids is not a list of token ids, or empty"),
     (GOOD | {"prompt_ids": [1, 2.5]}, "prompt_ids holds something that is not a whole number"),
@@ -125,6 +127,15 @@ def test_bad_row_is_named_by_line_before_anything_is_written(tmp_path, row, mess
     with pytest.raises(InputError, match=f"responses.jsonl line 3: {message}: fix or drop that row"):
         toy_cache.build_toy(tmp_path)
     assert not (tmp_path / "cache").exists()
+
+
+def test_rows_without_a_set_are_of_the_unknown_one(tmp_path):
+    toy_cache.write_inputs(tmp_path, [([1], [2, 3])])
+    line = json.loads((tmp_path / "responses.jsonl").read_text())
+    del line["set"]
+    (tmp_path / "responses.jsonl").write_text(json.dumps(line) + "\n")
+    toy_cache.build_toy(tmp_path)
+    assert open_cache(tmp_path / "cache").sequence(0).prompt_set == "unknown"
 
 
 @pytest.mark.parametrize(

@@ -34,6 +34,7 @@ def test_one_shard_by_hand(tmp_path):
         "prompt_len": "int32",
         "prompt_hash": "uint64",
         "sequence_index": "int32",
+        "prompt_set": "uint16",
     }
     assert rest["token_ids"].tolist() == [4, 5, 6, 7, 1, 2, 3] * 2
     # 5 * token + place, modulo 97
@@ -43,6 +44,7 @@ def test_one_shard_by_hand(tmp_path):
     assert rest["position_offset"].tolist() == [0, 0, 1000, 1000]
     assert rest["prompt_len"].tolist() == [1, 2, 1, 2]
     assert rest["sequence_index"].tolist() == [1, 0, 1, 0]
+    assert rest["prompt_set"].tolist() == [1, 0, 1, 0]
     four = int.from_bytes(hashlib.sha256(struct.pack("<i", 4)).digest()[:8], "little")
     one_two = int.from_bytes(hashlib.sha256(struct.pack("<ii", 1, 2)).digest()[:8], "little")
     assert rest["prompt_hash"].tolist() == [four, one_two] * 2
@@ -57,13 +59,14 @@ def test_one_shard_by_hand(tmp_path):
     content = {name: value for name, value in manifest.items() if name not in ("config", "manifest_sha256")}
     assert content == {
         "format": "dflash-jax-cache",
-        "format_version": 1,
+        "format_version": 2,
         "fingerprint": toy_cache.FINGERPRINT | {"capture_layers": [1, 3], "features_dtype": "bfloat16"},
         "responses_sha256": sha256_file(tmp_path / "responses.jsonl"),
         "hidden_size": 3,
         "capture_layers": [1, 3],
         "position_offsets": [0, 1000],
         "features_dtype": "bfloat16",
+        "prompt_sets": ["toy-0", "toy-1"],
         "max_new_tokens": 9,
         "max_length": 4,
         "num_shards": 1,
@@ -80,9 +83,9 @@ def test_one_shard_by_hand(tmp_path):
         ],
         "complete": True,
     }
-    # 6 columns * 2 + 4 + 4 + 1 per token, 28 per sequence, 8, and the header
+    # 6 columns * 2 + 4 + 4 + 1 per token, 30 per sequence, 8, and the header
     header = struct.unpack("<Q", path.read_bytes()[:8])[0]
-    assert path.stat().st_size == 14 * 21 + 4 * 28 + 8 + 8 + header
+    assert path.stat().st_size == 14 * 21 + 4 * 30 + 8 + 8 + header
     assert cache_info(tmp_path / "cache")["bytes_per_token"] == 21
 
 
@@ -130,9 +133,11 @@ def edit_shard(cache, edit):
 
 MANIFEST_PROBLEMS = [
     (lambda m: m.update(format="other"), "is not a dflash-jax-cache manifest"),
-    (lambda m: m.update(format_version=2), "is a cache of format_version 2, this dflash-jax reads up to 1: upgrade"),
+    (lambda m: m.update(format_version=3), "is a cache of format_version 3, this dflash-jax reads up to 2: upgrade"),
     (lambda m: m.update(format_version="1"), "format_version '1' is not a positive number"),
     (lambda m: m.pop("fingerprint"), "fingerprint is missing or of the wrong type"),
+    (lambda m: m.pop("prompt_sets"), "prompt_sets is missing or of the wrong type"),
+    (lambda m: m["prompt_sets"].append(7), "prompt_sets holds something that is not a name"),
     (lambda m: m.update(features_dtype="int3"), "features_dtype 'int3' is unknown"),
     (
         lambda m: m["shards"][0].update(file="../shard-00000.safetensors"),
@@ -232,9 +237,22 @@ CONTENT_PROBLEMS = [
     (put("seq_starts", at(1, 0)), "seq_starts does not rise from 0 to"),
     (put("seq_starts", at(0, 1)), "seq_starts does not rise from 0 to"),
     (put("seq_starts", at(-1, 10**6)), "seq_starts is int64|seq_starts does not rise"),
+    (put("prompt_set", at(1, 3)), "a prompt_set is not one of the manifest's 3"),
     (put("prompt_len", at(0, 0)), "a prompt_len is not between 1 and its sequence's length"),
     (put("prompt_len", at(0, 150)), "a prompt_len is not between 1 and its sequence's length"),
 ]
+
+
+def test_version_1_is_still_read(cache):
+    wanted = [open_cache(cache).sequence(i) for i in range(24)]
+    toy_cache.as_version_1(cache)
+    assert verify_cache(cache)["problems"] == []
+    assert cache_info(cache)["format_version"] == 1
+    for i, sequence in enumerate(wanted):
+        got = open_cache(cache).sequence(i)
+        assert np.array_equal(got.features, sequence.features)
+        assert got.token_ids.tolist() == sequence.token_ids.tolist()
+        assert (got.sequence_index, got.prompt_set) == (sequence.sequence_index, "unknown")
 
 
 @pytest.mark.parametrize(("edit", "message"), CONTENT_PROBLEMS)

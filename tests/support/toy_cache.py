@@ -15,10 +15,15 @@ from pathlib import Path
 
 import ml_dtypes
 import numpy as np
+from safetensors import safe_open
+from safetensors.numpy import save_file
 
 from dflash_jax.cache import CacheBuildConfig, build_cache
+from dflash_jax.cache.manifest import write_manifest
+from dflash_jax.core import sha256_file
 
 VOCAB, HIDDEN, LAYERS, CONTEXT = 97, 3, 5, 200
+SINCE_2 = ("prompt_set",)  # tensors that format_version 1 had not
 FINGERPRINT = {"target_weights": "w1", "target_config": "c1", "chat_template_sha256": "t1"}
 TARGET = {
     "architectures": ["LlamaForCausalLM"],
@@ -37,9 +42,9 @@ TARGET = {
 
 
 def write_responses(path, rows):
-    """`rows`: (prompt_ids, response_ids) each; ids are r0, r1, ..."""
+    """`rows`: (prompt_ids, response_ids) each; ids are r0, r1, ..., sets toy-0, toy-1, toy-2, toy-0, ..."""
     lines = [
-        {"id": f"r{i}", "set": "toy", "prompt_ids": p, "response_ids": r, "finish": "length", "text": ""}
+        {"id": f"r{i}", "set": f"toy-{i % 3}", "prompt_ids": p, "response_ids": r, "finish": "length", "text": ""}
         for i, (p, r) in enumerate(rows)
     ]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -86,6 +91,19 @@ def build_toy(folder, *, capture=toy_capture, fingerprint=FINGERPRINT, progress=
 
 def shard_bytes(cache):
     return {path.name: path.read_bytes() for path in sorted(cache.glob("*.safetensors"))}
+
+
+def as_version_1(cache):
+    """Rewrite a cache as format_version 1 had it."""
+    manifest = json.loads((cache / "manifest.json").read_text())
+    for entry in manifest["shards"]:
+        path = cache / entry["file"]
+        with safe_open(path, framework="numpy") as file:
+            tensors = {name: file.get_tensor(name).copy() for name in file.keys() if name not in SINCE_2}  # noqa: SIM118
+        save_file(tensors, path, metadata={"format": "pt"})
+        entry |= {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
+    del manifest["prompt_sets"]
+    write_manifest(cache, manifest | {"format_version": 1})
 
 
 def build_and_die(folder, step):

@@ -116,6 +116,7 @@ def _new_manifest(
         "capture_layers": layers,
         "position_offsets": list(config.position_offsets),
         "features_dtype": config.features,
+        "prompt_sets": list(responses.prompt_sets),
         "max_new_tokens": responses.max_new_tokens,
         "max_length": int(responses.lengths.max()),
         "num_shards": len(shards),
@@ -131,7 +132,7 @@ def _settings(manifest: dict[str, Any]) -> dict[str, Any]:
     return {
         **{name: value for name, value in manifest["config"].items() if name not in _PATHS},
         **manifest["fingerprint"],
-        **{name: manifest[name] for name in ("hidden_size", "responses_sha256", "max_new_tokens")},
+        **{name: manifest[name] for name in ("format_version", "hidden_size", "responses_sha256", "max_new_tokens")},
     }
 
 
@@ -211,7 +212,13 @@ def _captured(
 def _begin_shard(shard: ShardPlan, responses: Responses, columns: int, features: str) -> dict[str, np.ndarray]:
     """A shard's tensors with everything that is known before the forward."""
     tensors = empty_tensors(
-        tensor_layout(tokens=shard.tokens, sequences=shard.sequences, columns=columns, features=features)
+        tensor_layout(
+            version=FORMAT_VERSION,
+            tokens=shard.tokens,
+            sequences=shard.sequences,
+            columns=columns,
+            features=features,
+        )
     )
     rows = np.concatenate([step.rows for step in shard.steps])
     lengths = responses.lengths[rows]
@@ -221,6 +228,7 @@ def _begin_shard(shard: ShardPlan, responses: Responses, columns: int, features:
     )
     tensors["prompt_len"][:] = responses.prompt_len[rows]
     tensors["prompt_hash"][:] = responses.prompt_hash[rows]
+    tensors["prompt_set"][:] = responses.prompt_set[rows]
     tensors["sequence_index"][:] = rows
     tensors["token_ids"][:] = np.concatenate([responses.tokens(int(row)) for row in rows])
     place = np.arange(shard.tokens) - np.repeat(tensors["seq_starts"][:-1], lengths)

@@ -7,7 +7,7 @@ from typing import Any
 from dflash_jax.core import InputError, read_json, sha256_json, write_json
 
 FORMAT = "dflash-jax-cache"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST_NAME = "manifest.json"
 LOCK_NAME = ".lock"
 # a name of this form has no separator, so a ledger cannot lead out of its folder
@@ -31,6 +31,7 @@ _FIELDS: dict[str, type | tuple[type, ...]] = {
     "shards": list,
     "complete": bool,
 }
+_FIELDS_SINCE_2: dict[str, type] = {"prompt_sets": list}
 _ENTRY_FIELDS = {"file": str, "bytes": int, "sha256": str, "sequences": int, "tokens": int}
 
 
@@ -69,9 +70,12 @@ def _ledger_problem(manifest: dict[str, Any]) -> str | None:
 
 def _content_problem(manifest: dict[str, Any]) -> str | None:
     """What is wrong with a manifest of a known version; None where nothing is."""
-    missing = [name for name, kind in _FIELDS.items() if not isinstance(manifest.get(name), kind)]
+    fields = _FIELDS if manifest["format_version"] == 1 else _FIELDS | _FIELDS_SINCE_2
+    missing = [name for name, kind in fields.items() if not isinstance(manifest.get(name), kind)]
     if missing:
         return f"{missing[0]} is missing or of the wrong type"
+    if not all(isinstance(name, str) for name in manifest.get("prompt_sets", [])):
+        return "prompt_sets holds something that is not a name"
     if manifest["features_dtype"] not in ("bfloat16", "float32"):
         return f"features_dtype {manifest['features_dtype']!r} is unknown"
     content = {name: value for name, value in manifest.items() if name != "manifest_sha256"}

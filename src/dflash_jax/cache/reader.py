@@ -9,6 +9,7 @@ import numpy as np
 from jaxtyping import Float, Int32, UInt8, UInt64
 
 from dflash_jax.cache.manifest import read_manifest
+from dflash_jax.cache.responses import UNKNOWN_SET
 from dflash_jax.cache.shards import file_problem, layout_problems, map_tensors
 from dflash_jax.core import InputError
 
@@ -26,6 +27,8 @@ class Sequence:
         prompt_len: prompt tokens; the first response token has this index.
         prompt_hash: of the prompt's ids; equal prompts have equal hashes.
         sequence_index: row of the responses file, 0-based; equal at every offset of the same text.
+        prompt_set: name of the set its prompt is from, as the responses have it; "unknown" where they, or a cache of
+            format_version 1, do not say.
     """
 
     features: Float[np.ndarray, "seq features"]
@@ -36,6 +39,7 @@ class Sequence:
     prompt_len: int
     prompt_hash: int
     sequence_index: int
+    prompt_set: str
 
 
 class Cache:
@@ -104,7 +108,14 @@ class Cache:
             prompt_len=int(tensors["prompt_len"][i]),
             prompt_hash=int(tensors["prompt_hash"][i]),
             sequence_index=int(tensors["sequence_index"][i]),
+            prompt_set=self._prompt_set(tensors, i),
         )
+
+    def _prompt_set(self, tensors: dict[str, np.ndarray], i: int) -> str:
+        """Name of the prompt set of a shard's sequence."""
+        if "prompt_set" not in tensors:
+            return UNKNOWN_SET
+        return self.manifest["prompt_sets"][int(tensors["prompt_set"][i])]
 
     def prompt_hashes(self) -> UInt64[np.ndarray, " sequences"]:
         """Return the prompt hash of every sequence, in order. Touches, and so verifies, every shard."""

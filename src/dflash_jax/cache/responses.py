@@ -6,11 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Int32, Int64, UInt64
+from jaxtyping import Int32, Int64, UInt16, UInt64
 
 from dflash_jax.core import InputError, read_json, read_jsonl, sha256_file
 
 _WHAT = "the responses file"
+UNKNOWN_SET = "unknown"
+"""Prompt set of a response whose row names none."""
+MAX_PROMPT_SETS = 2**16  # their indices are uint16 in a shard
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -25,6 +28,8 @@ class Responses:
         starts: first token of each row, and the end.
         prompt_len: prompt tokens per row.
         prompt_hash: first 8 bytes, little endian, of SHA-256 over the prompt's ids as little-endian int32.
+        prompt_sets: names of the prompt sets, sorted.
+        prompt_set: index into `prompt_sets` per row.
         max_new_tokens: the responses' token budget; None where no record tells.
     """
 
@@ -35,6 +40,8 @@ class Responses:
     starts: Int64[np.ndarray, " rows_and_end"]
     prompt_len: Int32[np.ndarray, " rows"]
     prompt_hash: UInt64[np.ndarray, " rows"]
+    prompt_sets: tuple[str, ...]
+    prompt_set: UInt16[np.ndarray, " rows"]
     max_new_tokens: int | None
 
     @property
@@ -80,7 +87,7 @@ def read_responses(path: Path, *, vocab_size: int, max_length: int) -> Responses
     """Return the rows of a responses file.
 
     Args:
-        path: JSONL with `id`, `prompt_ids`, `response_ids`.
+        path: JSONL with `id`, `prompt_ids`, `response_ids`, and mostly `set`.
         vocab_size: of the target.
         max_length: longest sequence the target was made for, tokens.
 
@@ -96,6 +103,8 @@ def read_responses(path: Path, *, vocab_size: int, max_length: int) -> Responses
         try:
             if not isinstance(row.get("id"), str):
                 raise ValueError("id is missing or not a string")
+            if not isinstance(row.get("set", UNKNOWN_SET), str):
+                raise ValueError("set is not a string")
             prompt, response = (_ids(row, key, vocab_size) for key in ("prompt_ids", "response_ids"))
             if len(prompt) + len(response) > max_length:
                 raise ValueError(
@@ -105,6 +114,11 @@ def read_responses(path: Path, *, vocab_size: int, max_length: int) -> Responses
             raise InputError(f"{_WHAT}: {path} line {number}: {error}: fix or drop that row") from error
         tokens.append(np.concatenate([prompt, response]))
         prompt_len.append(len(prompt))
+    sets = [row.get("set", UNKNOWN_SET) for row in rows]
+    prompt_sets = tuple(sorted(set(sets)))
+    if len(prompt_sets) > MAX_PROMPT_SETS:
+        raise InputError(f"{_WHAT}: {path} names {len(prompt_sets)} sets, {MAX_PROMPT_SETS} are the most: join some")
+    set_index = {name: index for index, name in enumerate(prompt_sets)}
     hashes = [hash_prompt(ids[:length]) for ids, length in zip(tokens, prompt_len, strict=True)]
     return Responses(
         path=path,
@@ -114,5 +128,7 @@ def read_responses(path: Path, *, vocab_size: int, max_length: int) -> Responses
         starts=np.cumsum([0] + [len(ids) for ids in tokens], dtype=np.int64),
         prompt_len=np.asarray(prompt_len, np.int32),
         prompt_hash=np.asarray(hashes, np.uint64),
+        prompt_sets=prompt_sets,
+        prompt_set=np.asarray([set_index[name] for name in sets], np.uint16),
         max_new_tokens=_budget(path),
     )

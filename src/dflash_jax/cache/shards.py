@@ -7,6 +7,7 @@ import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from dflash_jax.cache.manifest import FORMAT_VERSION
 from dflash_jax.core import InputError, read_header, sha256_file
 
 _WHAT = "the cache's shard"
@@ -17,23 +18,25 @@ _DTYPES = {
     "I32": np.dtype(np.int32),
     "I64": np.dtype(np.int64),
     "U8": np.dtype(np.uint8),
+    "U16": np.dtype(np.uint16),
     "U64": np.dtype(np.uint64),
 }
 _FEATURES = {"bfloat16": "BF16", "float32": "F32"}
 
 
 def tensor_layout(
-    *, tokens: int, sequences: int, columns: int, features: str
+    *, version: int, tokens: int, sequences: int, columns: int, features: str
 ) -> dict[str, tuple[str, tuple[int, ...]]]:
     """Return safetensors' dtype name and shape of every tensor of a shard.
 
     Args:
+        version: the manifest's `format_version`.
         tokens: tokens stored, of all its sequences.
         sequences: sequences stored.
         columns: captured layers times hidden size.
         features: "bfloat16" or "float32".
     """
-    return {
+    layout: dict[str, tuple[str, tuple[int, ...]]] = {
         "features": (_FEATURES[features], (tokens, columns)),
         "token_ids": ("I32", (tokens,)),
         "next_ids": ("I32", (tokens,)),
@@ -44,6 +47,7 @@ def tensor_layout(
         "prompt_hash": ("U64", (sequences,)),
         "sequence_index": ("I32", (sequences,)),
     }
+    return layout if version == 1 else layout | {"prompt_set": ("U16", (sequences,))}
 
 
 def empty_tensors(layout: dict[str, tuple[str, tuple[int, ...]]]) -> dict[str, np.ndarray]:
@@ -52,8 +56,8 @@ def empty_tensors(layout: dict[str, tuple[str, tuple[int, ...]]]) -> dict[str, n
 
 
 def bytes_per_token(*, columns: int, features: str) -> int:
-    """Bytes a token takes in a shard, without the 28 bytes per sequence and the header."""
-    layout = tensor_layout(tokens=1, sequences=0, columns=columns, features=features)
+    """Bytes a token takes in a shard, without the bytes per sequence and the header."""
+    layout = tensor_layout(version=FORMAT_VERSION, tokens=1, sequences=0, columns=columns, features=features)
     per_token = ("features", "token_ids", "next_ids", "loss_mask")
     return sum(_DTYPES[layout[name][0]].itemsize * layout[name][1][-1] for name in per_token)
 
@@ -100,6 +104,7 @@ def layout_problems(
 ) -> list[str]:
     """How a shard's tensors disagree with the ledger and the manifest: names, dtypes, shapes, sequence bounds."""
     layout = tensor_layout(
+        version=manifest["format_version"],
         tokens=entry["tokens"],
         sequences=entry["sequences"],
         columns=manifest["hidden_size"] * len(manifest["capture_layers"]),
@@ -119,6 +124,8 @@ def layout_problems(
         return [f"{path}: seq_starts does not rise from 0 to {entry['tokens']}"]
     if ((tensors["prompt_len"] < 1) | (tensors["prompt_len"] >= lengths)).any():
         problems.append(f"{path}: a prompt_len is not between 1 and its sequence's length")
+    if manifest["format_version"] > 1 and tensors["prompt_set"].max() >= len(manifest["prompt_sets"]):
+        problems.append(f"{path}: a prompt_set is not one of the manifest's {len(manifest['prompt_sets'])}")
     if lengths.max() > manifest["max_length"]:
         problems.append(f"{path}: a sequence is longer than the manifest's max_length {manifest['max_length']}")
     return problems

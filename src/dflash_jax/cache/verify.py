@@ -14,7 +14,8 @@ def cache_info(path: Path) -> dict[str, Any]:
 
     Keys: `cache`, `complete`, `format_version`, `num_sequences`, `num_texts` (sequences over offsets), `num_tokens`,
     `max_length`, `max_new_tokens`, `position_offsets`, `capture_layers`, `hidden_size`, `features_dtype`,
-    `bytes_per_token`, `bytes` and `shards` (finished), `num_shards` (in all), `fingerprint`.
+    `bytes_per_token`, `bytes` and `shards` (finished), `num_shards` (in all), `prompt_sets`
+    (empty for format_version 1), `fingerprint`.
 
     Raises:
         InputError: see `read_manifest`.
@@ -31,6 +32,7 @@ def cache_info(path: Path) -> dict[str, Any]:
         "bytes": sum(entry["bytes"] for entry in manifest["shards"]),
         "shards": len(manifest["shards"]),
         "num_shards": manifest["num_shards"],
+        "prompt_sets": manifest.get("prompt_sets", []),
         "fingerprint": manifest["fingerprint"],
     }
 
