@@ -1,4 +1,4 @@
-"""Errors, files, safetensors and records: what every room stands on. Imports no other room.
+"""Errors, files, safetensors, records and the device mesh: what every room stands on. Imports no other room.
 
 It promises that a file it wrote is whole or absent, and that bad input raises `InputError` with one line.
 """
@@ -14,27 +14,45 @@ from dflash_jax.core.files import (
     sync_folder,
     write_json,
 )
+from dflash_jax.core.mesh import (
+    LOGICAL_AXES,
+    MeshShape,
+    make_mesh,
+    mesh_shape,
+    parse_mesh,
+    replicated_axes,
+    split_axes,
+    start_processes,
+)
 from dflash_jax.core.progress import Move, no_progress, progress_bar
 from dflash_jax.core.records import RECORD_NAME, make_record, write_record
 from dflash_jax.core.tensors import check_names_and_shapes, load_tensors, read_header, save_tensors
 
 __all__ = [
+    "LOGICAL_AXES",
     "RECORD_NAME",
     "InputError",
+    "MeshShape",
     "Move",
     "atomic_file",
     "check_names_and_shapes",
     "load_tensors",
+    "make_mesh",
     "make_record",
+    "mesh_shape",
     "no_progress",
+    "parse_mesh",
     "progress_bar",
     "read_header",
     "read_json",
     "read_jsonl",
+    "replicated_axes",
     "save_tensors",
     "sha256_file",
     "sha256_json",
+    "split_axes",
     "staged_folder",
+    "start_processes",
     "sync_folder",
     "write_json",
     "write_record",
