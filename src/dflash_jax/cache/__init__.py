@@ -11,6 +11,7 @@ from dflash_jax.cache.capture import build
 from dflash_jax.cache.config import CacheBuildConfig
 from dflash_jax.cache.manifest import check_fingerprint
 from dflash_jax.cache.reader import Cache, Sequence, open_cache
+from dflash_jax.cache.responses import Responses, hash_prompt, read_responses
 from dflash_jax.cache.source import sequence_source
 from dflash_jax.cache.verify import cache_info, verify_cache
 
@@ -19,12 +20,15 @@ __all__ = [
     "Cache",
     "CacheBuildConfig",
     "Capture",
+    "Responses",
     "Sequence",
     "build",
     "build_cache",
     "cache_info",
     "check_fingerprint",
+    "hash_prompt",
     "open_cache",
+    "read_responses",
     "sequence_source",
     "stack_sequences",
     "verify_cache",

@@ -174,6 +174,7 @@ def draft_blocks(
     block_lengths: Int32[Array, " anchor"],
     block_size: int,
     position_offset: Int32[Array, ""],
+    block_shift: Int32[Array, ""] | None = None,
 ) -> Float[Array, "anchor block hidden"]:
     """Return the drafter's output for blocks at many anchors of one sequence: what training and the check both run.
 
@@ -187,16 +188,19 @@ def draft_blocks(
         block_lengths: slots of each block that exist, 1 to block_size.
         block_size: slots computed per block.
         position_offset: absolute position of token 0.
+        block_shift: how many positions behind its place each slot is said to sit. None, 0: where it belongs; anything
+            else is what an engine does that gives context and block positions of different origins (`parity` asks).
     """
     index = jnp.arange(features.shape[0], dtype=jnp.int32)
     slot = jnp.arange(block_size, dtype=jnp.int32)
+    block_offset = position_offset if block_shift is None else position_offset + block_shift
     return draft_hidden(
         drafter,
         context_kv(drafter, features, position_offset + index),
         embed_slots(embed_tokens, token_ids[anchors], drafter.config, block_size=block_size).astype(
             drafter.fc.weight.dtype
         ),
-        positions=position_offset + anchors[:, None] + slot[None],
+        positions=block_offset + anchors[:, None] + slot[None],
         context_visible=index[None] < anchors[:, None],
         slot_visible=slot[None] < block_lengths[:, None],
     )

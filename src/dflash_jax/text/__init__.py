@@ -5,7 +5,16 @@ sets that are the same on every run, one clear line for every bad row of a promp
 target folder ships.
 """
 
+from dflash_jax.text.encode import EncodedPrompt, encode_prompts
 from dflash_jax.text.prompts import BUILT_IN_SETS, Prompt, load_prompts
 from dflash_jax.text.tokenizer import Tokenizer, load_tokenizer
 
-__all__ = ["BUILT_IN_SETS", "Prompt", "Tokenizer", "load_prompts", "load_tokenizer"]
+__all__ = [
+    "BUILT_IN_SETS",
+    "EncodedPrompt",
+    "Prompt",
+    "Tokenizer",
+    "encode_prompts",
+    "load_prompts",
+    "load_tokenizer",
+]
