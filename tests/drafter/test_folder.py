@@ -148,9 +148,9 @@ def test_the_fingerprint_is_of_the_weights(folder, tmp_path_factory):
         ({"layer_types": ["full_attention", "sliding_attention"]}, r"not handled: layer_types has 'sliding_attention'"),
         (
             {"rope_scaling": {"rope_type": "yarn", "factor": 32.0}},
-            r"not handled: rope_scaling is \{'rope_type': 'yarn'",
+            r"rope_scaling\.original_max_position_embeddings is missing",
         ),
-        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1.0}}, r"not handled: rope_type is 'yarn'"),
+        ({"rope_parameters": {"rope_type": "ntk", "rope_theta": 9.0}}, r"rope_parameters\.rope_type is 'ntk'; handled"),
         ({"hidden_act": "gelu", "sliding_window": 7}, r"hidden_act is 'gelu'; sliding_window is 7$"),
         ({"dflash_config": {"use_swa": True}}, r"dflash_config\.use_swa is True"),
         ({"dflash_config": {"output_multiplier": 0.5}}, r"dflash_config\.output_multiplier is 0\.5"),

@@ -65,16 +65,16 @@ def test_rope_theta_of_transformers_5(tmp_path):
         ({"mlp_bias": True}, "not handled: mlp_bias is True"),
         (
             {"rope_scaling": {"type": "linear", "factor": 2}},
-            "not handled: rope_scaling is {'type': 'linear', 'factor': 2}",
+            "rope_scaling.rope_type is 'linear'; handled: default, llama3, yarn",
         ),
         ({"quantization_config": {"bits": 4}}, "not handled: quantization_config is {'bits': 4}"),
         (
-            {"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4}},
-            "rope_type is 'llama3', only 'default' is handled",
+            {"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0}},
+            "rope_parameters.high_freq_factor is missing; rope_parameters.low_freq_factor is missing",
         ),
-        ({"rope_parameters": {"type": "yarn"}}, "rope_type is 'yarn'"),
+        ({"rope_parameters": {"type": "yarn"}}, "rope_parameters.factor is missing"),
         ({"rope_theta": ...}, "rope_theta is missing"),
-        ({"rope_theta": -1.0}, "rope_theta is -1.0, a positive number is needed"),
+        ({"rope_theta": -1.0}, "rope_theta is -1.0, a number above 1 is needed"),
         ({"rms_norm_eps": "small"}, "rms_norm_eps is 'small', a positive number is needed"),
         ({"num_attention_heads": ...}, "num_attention_heads is missing"),
         (

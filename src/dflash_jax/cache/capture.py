@@ -1,7 +1,6 @@
 """The forward of a build: the target itself."""
 
 from collections.abc import Callable
-from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -32,13 +31,16 @@ def _forward(
 class TargetCapture:
     """A `Capture` that runs the target, read at the first batch: nothing is loaded where nothing is left to do."""
 
-    def __init__(self, folder: Path, *, capture_layers: tuple[int, ...], features_dtype: str) -> None:
+    def __init__(
+        self, folder: Path, *, capture_layers: tuple[int, ...], features_dtype: str, rope: str = "exact"
+    ) -> None:
         """Remember what to capture. `features_dtype` is that of the features on disk; the forward is float32."""
         self._folder, self._capture_layers, self._features_dtype = folder, capture_layers, features_dtype
+        self._rope = rope
 
     @cached_property
     def _target(self) -> Target:
-        return load_target(self._folder)
+        return load_target(self._folder, rope=self._rope)
 
     def __call__(
         self,
@@ -67,10 +69,13 @@ def build(
         fingerprint: `targets.fingerprint` and the tokenizer's, merged; the rope's parameters are added here.
         progress: called after every batch.
     """
-    target = read_target_config(config.target)
+    target = read_target_config(config.target, rope=config.rope)
     capture = TargetCapture(
-        config.target, capture_layers=resolve_layers(config, target.num_layers), features_dtype=config.features
+        config.target,
+        capture_layers=resolve_layers(config, target.num_layers),
+        features_dtype=config.features,
+        rope=config.rope,
     )
     return build_cache(
-        config, fingerprint=fingerprint | {"rope": asdict(target.rope)}, capture=capture, progress=progress
+        config, fingerprint=fingerprint | {"rope": target.rope.to_json()}, capture=capture, progress=progress
     )

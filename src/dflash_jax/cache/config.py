@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Literal
 
 from dflash_jax.core import InputError
+from dflash_jax.nn import check_rope_precision
 
 MAX_POSITION = 2**31 - 1  # positions are int32 on disk and on the device
 
@@ -25,6 +26,8 @@ class CacheBuildConfig:
     """Absolute positions of a sequence's first token; every sequence is captured at each of them."""
     features: Literal["bfloat16", "float32"] = "bfloat16"
     """How a feature is stored."""
+    rope: str = "exact"
+    """How the target's angles are computed: exact, or as other engines do, float32, bfloat16, table:N."""
     tokens_per_batch: int = 4096
     """Most tokens in one forward, padding included (one sequence may be longer); bounds device memory."""
     tokens_per_shard: int = 65536
@@ -43,6 +46,7 @@ class CacheBuildConfig:
             )
         if self.features not in ("bfloat16", "float32"):
             raise InputError(f"--features is {self.features!r}: choose bfloat16 or float32")
+        check_rope_precision(self.rope)
         for name in ("tokens_per_batch", "tokens_per_shard"):
             if getattr(self, name) < 1:
                 raise InputError(f"--{name.replace('_', '-')} is {getattr(self, name)}: a positive number is needed")

@@ -5,12 +5,11 @@ from pathlib import Path
 from typing import Any
 
 from dflash_jax.core import InputError, read_json
-from dflash_jax.nn import Rope
+from dflash_jax.nn import Rope, RopeScaling, read_rope, scaling_to_json
 
 # Fields that would change the maths, and the only values handled. z-lab's reader looks in `dflash_config` and above it.
 _NEUTRAL = {
     "hidden_act": (None, "silu"),
-    "rope_scaling": (None,),
     "sliding_window": (None,),
     "use_sliding_window": (None, False),
     "use_swa": (None, False),
@@ -45,6 +44,8 @@ class DrafterConfig:
         capture_layers: 0-based target layers whose outputs are the features, in order.
         num_target_layers: decoder layers of the target.
         vocab_size: the target's vocabulary.
+        rope_scaling: how the rotary frequencies are stretched; None: not at all.
+        rope_precision: how angles are computed, see `nn.Rope`; a setting of ours, not of the checkpoint.
     """
 
     hidden_size: int
@@ -62,11 +63,15 @@ class DrafterConfig:
     capture_layers: tuple[int, ...]
     num_target_layers: int
     vocab_size: int
+    rope_scaling: RopeScaling | None = None
+    rope_precision: str = "exact"
 
     @property
     def rope(self) -> Rope:
-        """Rotary frequencies."""
-        return Rope(theta=self.rope_theta, head_dim=self.head_dim)
+        """The rotary embedding."""
+        return Rope(
+            theta=self.rope_theta, head_dim=self.head_dim, scaling=self.rope_scaling, precision=self.rope_precision
+        )
 
     @property
     def num_features(self) -> int:
@@ -100,7 +105,7 @@ class DrafterConfig:
             "num_key_value_heads": self.num_kv_heads,
             "num_target_layers": self.num_target_layers,
             "rms_norm_eps": self.rms_norm_eps,
-            "rope_scaling": None,
+            "rope_scaling": scaling_to_json(self.rope_scaling),
             "rope_theta": self.rope_theta,
             "sliding_window": None,
             "tie_word_embeddings": False,
@@ -119,9 +124,6 @@ def _check_neutral(raw: dict[str, Any], where: Path) -> None:
         if values.get(name) not in allowed
     ]
     problems += [f"layer_types has {kind!r}" for kind in sorted(set(raw.get("layer_types") or ()) - {"full_attention"})]
-    kind = (raw.get("rope_parameters") or {}).get("rope_type", "default")
-    if kind != "default":
-        problems.append(f"rope_type is {kind!r}")
     if problems:
         raise InputError(f"{where}: not handled: {'; '.join(problems)}")
 
@@ -163,7 +165,10 @@ def read_drafter_config(folder: Path) -> DrafterConfig:
         raise InputError(f"{where}: architectures is {found!r}, a DFlash drafter has ['DFlashDraftModel']")
     _check_neutral(raw, where)
     dflash = raw.get("dflash_config") or {}
-    merged = {**raw, **dflash, **{k: v for k, v in (raw.get("rope_parameters") or {}).items() if k == "rope_theta"}}
+    rope_theta, rope_scaling, wrong_rope = read_rope(raw)
+    if wrong_rope or rope_theta is None:
+        raise InputError(f"{where}: {'; '.join(wrong_rope)}")
+    merged = {**raw, **dflash}
     try:
         config = DrafterConfig(
             hidden_size=int(raw["hidden_size"]),
@@ -174,7 +179,8 @@ def read_drafter_config(folder: Path) -> DrafterConfig:
             head_dim=int(raw.get("head_dim") or int(raw["hidden_size"]) // int(raw["num_attention_heads"])),
             attention_bias=bool(raw.get("attention_bias", False)),
             rms_norm_eps=float(raw["rms_norm_eps"]),
-            rope_theta=float(merged["rope_theta"]),
+            rope_theta=rope_theta,
+            rope_scaling=rope_scaling,
             max_positions=int(raw["max_position_embeddings"]),
             block_size=int(merged["block_size"]),
             mask_token_id=int(merged["mask_token_id"]),

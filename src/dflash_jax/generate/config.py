@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dflash_jax.core import InputError
+from dflash_jax.nn import check_rope_precision
 
 
 def _positive(name: str, value: int) -> None:
@@ -25,6 +26,8 @@ class ResponsesConfig:
     """Most tokens generated for a prompt, the stop token included."""
     batch_size: int = 32
     """Prompts decoded side by side."""
+    rope: str = "exact"
+    """How the target's angles are computed: exact, or as other engines do, float32, bfloat16, table:N."""
     limit: int | None = None
     """Use only the first so many prompts (after the shuffle)."""
     seed: int = 0
@@ -34,6 +37,7 @@ class ResponsesConfig:
         """Check the numbers."""
         _positive("max-new-tokens", self.max_new_tokens)
         _positive("batch-size", self.batch_size)
+        check_rope_precision(self.rope)
         if self.limit is not None:
             _positive("limit", self.limit)
 
@@ -58,6 +62,8 @@ class DecodeConfig:
     """Prompts decoded side by side."""
     position_offset: int = 0
     """Absolute position of every prompt's first token."""
+    rope: str = "exact"
+    """How the target's angles are computed: exact, or as other engines do, float32, bfloat16, table:N."""
     limit: int | None = None
     """Use only the first so many prompts (after the shuffle)."""
     seed: int = 0
@@ -69,6 +75,7 @@ class DecodeConfig:
         """Check the numbers."""
         _positive("max-new-tokens", self.max_new_tokens)
         _positive("batch-size", self.batch_size)
+        check_rope_precision(self.rope)
         if self.limit is not None:
             _positive("limit", self.limit)
         if self.block_size is not None and self.block_size < 2:

@@ -76,7 +76,7 @@ def decode_prompts(config: DecodeConfig, *, progress: Move = no_progress) -> dic
     )
     drafter = load_drafter(config.drafter)
     decoder = Decoder(
-        load_target(config.target),
+        load_target(config.target, rope=config.rope),
         stop_ids=tokenizer.stop_ids,
         max_new_tokens=config.max_new_tokens,
         batch_size=min(config.batch_size, len(prompts)),

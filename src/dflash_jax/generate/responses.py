@@ -86,6 +86,7 @@ def generate_responses(config: ResponsesConfig, *, progress: Move = no_progress)
         "target": sha256_json(target_fingerprint),
         "prompts": sha256_json([[item.prompt.id, item.ids] for item in prompts]),
         "max_new_tokens": config.max_new_tokens,
+        "rope": config.rope,
     }
     partial = _partial_path(config.out)
     config.out.parent.mkdir(parents=True, exist_ok=True)
@@ -95,7 +96,7 @@ def generate_responses(config: ResponsesConfig, *, progress: Move = no_progress)
         _append(partial, [settings])
     todo = [item for item in prompts if item.prompt.id not in done]
     decoder = Decoder(
-        load_target(config.target),
+        load_target(config.target, rope=config.rope),
         stop_ids=tokenizer.stop_ids,
         max_new_tokens=config.max_new_tokens,
         batch_size=min(config.batch_size, max(1, len(todo))),

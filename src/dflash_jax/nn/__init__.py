@@ -8,20 +8,27 @@ from dflash_jax.nn.attention import block_attention, causal_attention, write_row
 from dflash_jax.nn.head import LinearCrossEntropy, greedy_tokens, linear_cross_entropy
 from dflash_jax.nn.mlp import Linear, SwiGLU
 from dflash_jax.nn.norm import RMSNorm
-from dflash_jax.nn.rope import MAX_POSITION, Rope, apply_rope, rope_cos_sin
+from dflash_jax.nn.rope import MAX_POSITION, Rope, apply_rope, check_rope_precision, rope_cos_sin
+from dflash_jax.nn.rope_scaling import Llama3Scaling, RopeScaling, YarnScaling, read_rope, scaling_to_json
 
 __all__ = [
     "MAX_POSITION",
     "Linear",
     "LinearCrossEntropy",
+    "Llama3Scaling",
     "RMSNorm",
     "Rope",
+    "RopeScaling",
     "SwiGLU",
+    "YarnScaling",
     "apply_rope",
     "block_attention",
     "causal_attention",
+    "check_rope_precision",
     "greedy_tokens",
     "linear_cross_entropy",
+    "read_rope",
     "rope_cos_sin",
+    "scaling_to_json",
     "write_rows",
 ]

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dflash_jax.core import InputError, read_json
-from dflash_jax.nn import Rope
+from dflash_jax.nn import Rope, RopeScaling, check_rope_precision, read_rope
 
 _ARCHITECTURES = ("LlamaForCausalLM",)
 # TargetConfig's whole numbers and their names in `config.json`; head_dim may be left out there
@@ -21,12 +21,12 @@ _SIZES = {
     "num_kv_heads": "num_key_value_heads",
     "max_positions": "max_position_embeddings",
 }
+_POSITIVE = "a positive number is needed"
 # fields that would change the maths: the only values handled
 _NEUTRAL = {
     "hidden_act": ("silu",),
     "attention_bias": (False, None),
     "mlp_bias": (False, None),
-    "rope_scaling": (None,),
     "sliding_window": (None,),
     "quantization_config": (None,),
 }
@@ -49,6 +49,8 @@ class TargetConfig:
         rope_theta: base of the rotary frequencies.
         max_positions: context length the target was made for, tokens.
         tie_embeddings: whether the head is the embedding.
+        rope_scaling: how the rotary frequencies are stretched; None: not at all.
+        rope_precision: how angles are computed, see `nn.Rope`; a setting of ours, not of the checkpoint.
         attention_bias: whether q, k, v and o have biases.
         mlp_bias: whether gate, up and down have biases.
         qk_norm: whether every head's queries and keys pass an RMSNorm before RoPE (Qwen3).
@@ -74,6 +76,8 @@ class TargetConfig:
     rope_theta: float
     max_positions: int
     tie_embeddings: bool
+    rope_scaling: RopeScaling | None = None
+    rope_precision: str = "exact"
     attention_bias: bool = False
     mlp_bias: bool = False
     qk_norm: bool = False
@@ -88,8 +92,10 @@ class TargetConfig:
 
     @property
     def rope(self) -> Rope:
-        """Rotary frequencies."""
-        return Rope(theta=self.rope_theta, head_dim=self.head_dim)
+        """The rotary embedding."""
+        return Rope(
+            theta=self.rope_theta, head_dim=self.head_dim, scaling=self.rope_scaling, precision=self.rope_precision
+        )
 
 
 def _sizes(raw: dict[str, Any]) -> tuple[dict[str, int], list[str]]:
@@ -114,33 +120,16 @@ def _sizes(raw: dict[str, Any]) -> tuple[dict[str, int], list[str]]:
     return sizes, problems
 
 
-def _constants(raw: dict[str, Any]) -> tuple[dict[str, float], list[str]]:
-    """rms_norm_eps and rope_theta, and what is wrong with them.
-
-    rope_theta lies at the top level (transformers 4) or inside `rope_parameters` (transformers 5).
-    """
-    rope = raw.get("rope_parameters") or {}
-    values = {"rms_norm_eps": raw.get("rms_norm_eps"), "rope_theta": rope.get("rope_theta", raw.get("rope_theta"))}
-    constants, problems = {}, []
-    for name, value in values.items():
-        if value is None:
-            problems.append(f"{name} is missing")
-        elif type(value) not in (int, float) or value <= 0:
-            problems.append(f"{name} is {value!r}, a positive number is needed")
-        else:
-            constants[name] = float(value)
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind != "default":
-        problems.append(f"rope_type is {kind!r}, only 'default' is handled")
-    return constants, problems
-
-
-def read_target_config(folder: Path) -> TargetConfig:
+def read_target_config(folder: Path, *, rope: str = "exact") -> TargetConfig:
     """Return the config of a target folder.
+
+    Args:
+        folder: a Hugging Face folder; only its `config.json` is read.
+        rope: how angles are computed: `exact`, `float32`, `bfloat16` or `table:N` (see `nn.Rope`).
 
     Raises:
         InputError: no such folder or no `config.json`; another architecture; a field that changes the maths and is not
-            handled; a field that is missing or is no size.
+            handled; a field that is missing or is no size; a rope setting that is none.
     """
     if not folder.is_dir():
         raise InputError(
@@ -157,13 +146,18 @@ def read_target_config(folder: Path) -> TargetConfig:
     if foreign:
         raise InputError(f"{where}: not handled: {'; '.join(foreign)}")
     sizes, wrong_sizes = _sizes(raw)
-    constants, wrong_constants = _constants(raw)
-    if wrong_sizes or wrong_constants:
-        raise InputError(f"{where}: {'; '.join(wrong_sizes + wrong_constants)}")
+    rope_theta, rope_scaling, wrong_rope = read_rope(raw)
+    eps = raw.get("rms_norm_eps")
+    if type(eps) not in (int, float) or eps <= 0:
+        wrong_sizes.append("rms_norm_eps is missing" if eps is None else f"rms_norm_eps is {eps!r}, {_POSITIVE}")
+    if wrong_sizes or wrong_rope or rope_theta is None:
+        raise InputError(f"{where}: {'; '.join(wrong_sizes + wrong_rope)}")
     return TargetConfig(
         architecture=architecture,
-        rms_norm_eps=constants["rms_norm_eps"],
-        rope_theta=constants["rope_theta"],
+        rms_norm_eps=float(eps),
+        rope_theta=rope_theta,
+        rope_scaling=rope_scaling,
+        rope_precision=check_rope_precision(rope),
         tie_embeddings=bool(raw.get("tie_word_embeddings", False)),
         **sizes,
     )

@@ -1,6 +1,6 @@
 """Target folders: reading, checking, fingerprinting, describing."""
 
-from dataclasses import fields
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -72,18 +72,19 @@ def _read_weights(folder: Path, config: TargetConfig, dtype: jnp.dtype) -> dict[
     return weights
 
 
-def load_target(folder: Path, *, dtype: jnp.dtype | type = jnp.float32) -> Target:
+def load_target(folder: Path, *, dtype: jnp.dtype | type = jnp.float32, rope: str = "exact") -> Target:
     """Return the model of a target folder.
 
     Args:
         folder: a Hugging Face folder: `config.json`, `model.safetensors` or its shards.
         dtype: of weights and activations; norms' statistics, softmax and logits are float32 in any case.
+        rope: how angles are computed: `exact`, `float32`, `bfloat16` or `table:N` (see `nn.Rope`).
 
     Raises:
         InputError: see `read_target_config`; weights missing, truncated, of a dtype that is not a plain float, or not
             what the config calls for (all named at once).
     """
-    config = read_target_config(folder)
+    config = read_target_config(folder, rope=rope)
     weights = _read_weights(folder, config, jnp.dtype(dtype))
     return assemble(config, weights.pop)
 
@@ -98,8 +99,8 @@ def fingerprint(folder: Path) -> dict[str, str]:
     hashes = [sha256_file(file) for file in weight_files(folder)]
     # A field added to TargetConfig later has a default that means what was so before it, and is left out at that
     # default: a cache stays good when this package learns a new family (tests/targets/test_fingerprint.py holds it).
-    values = {field.name: (getattr(config, field.name), field.default) for field in fields(TargetConfig)}
-    told = {name: value for name, (value, default) in values.items() if value != default}
+    values = asdict(config)
+    told = {field.name: values[field.name] for field in fields(config) if values[field.name] != field.default}
     return {"target_weights": sha256_json(hashes), "target_config": sha256_json(told)}
 
 
@@ -117,13 +118,12 @@ def describe_target(folder: Path) -> dict[str, Any]:
     counts = [count for count in (1, 3, 4, 5, 6) if count <= config.num_layers - 3]
     files = _checked_files(folder, config)
     return {
-        **{name: getattr(config, name) for name in TargetConfig.__dataclass_fields__},
+        **asdict(config),
         "num_parameters": sum(int(np.prod(shape)) for shape in shapes.values()),
         "weight_bytes": sum(file.stat().st_size for file in files),
         "kv_bytes_per_token": 2 * config.num_layers * config.num_kv_heads * config.head_dim * 4,
         "default_capture_layers": {
             str(count): list(default_capture_layers(config.num_layers, count)) for count in counts
         },
-        "rope": f"theta {config.rope_theta:g} over {config.head_dim} channels, unscaled; "
-        "exact at any position below 2^31",
+        "rope": config.rope.describe(),
     }
