@@ -84,7 +84,7 @@ def split_axes(
     """Return the mesh axes that split each dimension; None for a dimension that every device holds whole.
 
     A dimension whose units do not divide by all of its mesh axes is split by the first of them alone, and where that
-    does not fit either, by none. On `data=2,expert=2`, 6 rows go over data and are whole along expert; 5 rows are whole.
+    does not fit either, by none. On `data=2,expert=2`, 6 rows go over data and are whole along expert; 5 are whole.
 
     Args:
         axes: logical axis of each dimension; None is never split.
