@@ -2,11 +2,20 @@
 
 import shutil
 
+import grain
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from dflash_jax.cache import open_cache, sequence_source
 from dflash_jax.core import InputError
+
+
+@pytest.fixture(scope="module")
+def toy_sequences(toy):
+    cache = open_cache(toy / "cache")
+    return cache, sorted(names(cache.sequence(i) for i in range(24)))
 
 
 def names(sequences):
@@ -73,3 +82,60 @@ def test_source_shuffles_by_seed_alone_and_starts_anywhere(toy):
     assert epochs[0] != epochs[1] != epochs[2] != epochs[0]
     third = sequence_source(open_cache(toy / "cache"), seed=8, shuffle=True)
     assert names(third[i] for i in range(24)) != epochs[0]
+
+
+def test_a_seed_out_of_range_is_refused(toy):
+    for seed in (-1, 2**32):
+        with pytest.raises(ValueError, match="0 to 2\\^32 - 1 is needed"):
+            sequence_source(open_cache(toy / "cache"), seed=seed, shuffle=True)
+
+
+@given(
+    seed=st.integers(0, 2**32 - 1), processes=st.integers(1, 7), step=st.integers(0, 40), batch_size=st.integers(1, 5)
+)
+@settings(max_examples=30, deadline=None)
+def test_processes_share_an_epoch_and_go_on_anywhere(toy_sequences, seed, processes, step, batch_size):
+    cache, everything = toy_sequences
+    whole = sequence_source(cache, seed=seed, shuffle=True)
+    parts = [sequence_source(cache, seed=seed, shuffle=True)[p::processes] for p in range(processes)]
+    # element i of the whole is element i // processes of process i % processes; three epochs, each complete
+    order = names(parts[i % processes][i // processes] for i in range(72))
+    assert order == names(whole[i] for i in range(72))
+    assert all(sorted(order[first : first + 24]) == everything for first in (0, 24, 48))
+    # a step's batch depends on its number alone
+    batches = parts[-1].batch(batch_size, batch_fn=names)
+    assert batches[step] == names(parts[-1][i] for i in range(step * batch_size, (step + 1) * batch_size))
+
+
+def test_an_iterator_is_checkpointed(toy):
+    cache = open_cache(toy / "cache")
+    options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
+    batches = sequence_source(cache, seed=3, shuffle=True)[1::2].batch(5, batch_fn=names).to_iter_dataset(options)
+    one = iter(batches)
+    head = [next(one) for _ in range(7)]
+    state = one.get_state()
+    tail = [next(one) for _ in range(7)]
+    other = iter(batches)
+    other.set_state(state)
+    assert [next(other) for _ in range(7)] == tail
+    assert head[0] == names(sequence_source(cache, seed=3, shuffle=True)[i] for i in range(1, 11, 2))
+
+
+def test_the_order_is_that_of_every_machine(toy):
+    # literals: where they change, a resumed run reads other sequences than the one it goes on with
+    source = sequence_source(open_cache(toy / "cache"), seed=1234567, shuffle=True)
+    in_order = names(sequence_source(open_cache(toy / "cache"), seed=0, shuffle=False)[i] for i in range(24))
+    assert [in_order.index(name) for name in names(source[i] for i in range(24, 36))] == [
+        8,
+        23,
+        11,
+        22,
+        0,
+        13,
+        4,
+        15,
+        21,
+        7,
+        20,
+        10,
+    ]

@@ -5,7 +5,7 @@ the responses, the target and the settings alone. The format is in docs/cache-fo
 `targets`.
 """
 
-from dflash_jax.cache.batch import stack_sequences
+from dflash_jax.cache.batch import HostBatch, stack_on_host, stack_sequences
 from dflash_jax.cache.build import BuildProgress, Capture, build_cache
 from dflash_jax.cache.capture import build
 from dflash_jax.cache.config import CacheBuildConfig
@@ -20,6 +20,7 @@ __all__ = [
     "Cache",
     "CacheBuildConfig",
     "Capture",
+    "HostBatch",
     "Responses",
     "Sequence",
     "build",
@@ -30,6 +31,7 @@ __all__ = [
     "open_cache",
     "read_responses",
     "sequence_source",
+    "stack_on_host",
     "stack_sequences",
     "verify_cache",
 ]

@@ -1,13 +1,15 @@
 """Reading a cache: sequences as views of files mapped into memory, every shard verified before its first use."""
 
 import threading
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float, Int32, UInt8, UInt64
+from jaxtyping import Float, Int32, Shaped, UInt8, UInt64
 
+from dflash_jax.cache.features import load_features_on_host
 from dflash_jax.cache.manifest import read_manifest
 from dflash_jax.cache.responses import UNKNOWN_SET
 from dflash_jax.cache.shards import file_problem, layout_problems, map_tensors
@@ -18,8 +20,12 @@ from dflash_jax.core import InputError
 class Sequence:
     """One prompt with its response at one position offset. Arrays are read-only views of the shard, not copies.
 
+    Where the prompt is stored with another sequence that shares it, they are copies: the shared rows, then its own.
+
     Attributes:
-        features: target hidden states of the captured layers, joined in the order of `capture_layers`.
+        stored_features: target hidden states of the captured layers, joined in the order of `capture_layers`, as they
+            are stored; see `features`.
+        feature_scales: of features stored in 8 bits (`load_features` gives the features); else None.
         token_ids: prompt, then response.
         next_ids: the target's greedy token after each token.
         loss_mask: 1 on response tokens, 0 on the prompt's.
@@ -31,7 +37,8 @@ class Sequence:
             format_version 1, do not say.
     """
 
-    features: Float[np.ndarray, "seq features"]
+    stored_features: Shaped[np.ndarray, "seq features"]
+    feature_scales: Float[np.ndarray, "seq scales"] | None
     token_ids: Int32[np.ndarray, " seq"]
     next_ids: Int32[np.ndarray, " seq"]
     loss_mask: UInt8[np.ndarray, " seq"]
@@ -40,6 +47,13 @@ class Sequence:
     prompt_hash: int
     sequence_index: int
     prompt_set: str
+
+    @property
+    def features(self) -> Float[np.ndarray, "seq features"]:
+        """Target features: those stored, or bfloat16 made of the stored 8 bits and their scales by numpy, a copy."""
+        if self.feature_scales is None:
+            return self.stored_features
+        return load_features_on_host(self.stored_features, self.feature_scales)
 
 
 class Cache:
@@ -51,8 +65,10 @@ class Cache:
         self.manifest = manifest
         counts = [entry["sequences"] for entry in manifest["shards"]]
         self._first = np.cumsum([0, *counts])
-        self._shards: dict[int, dict[str, np.ndarray]] = {}
+        self._shards: dict[int, Future[dict[str, np.ndarray]]] = {}
         self._opening = threading.Lock()
+        # hashing leaves the interpreter free: one thread for the shard that is waited for, one for the shard after it
+        self._threads = ThreadPoolExecutor(max_workers=2, thread_name_prefix="cache-verify")
 
     @property
     def num_sequences(self) -> int:
@@ -69,12 +85,20 @@ class Cache:
         """Tokens of the longest sequence."""
         return self.manifest["max_length"]
 
-    def _shard(self, index: int) -> dict[str, np.ndarray]:
-        """A shard's tensors, verified the first time."""
+    def _start(self, index: int) -> Future[dict[str, np.ndarray]]:
+        """Begin to open and verify a shard, unless that was done."""
         with self._opening:
             if index not in self._shards:
-                self._shards[index] = self._open_shard(self.manifest["shards"][index])
+                self._shards[index] = self._threads.submit(self._open_shard, self.manifest["shards"][index])
             return self._shards[index]
+
+    def _shard(self, index: int) -> dict[str, np.ndarray]:
+        """A shard's tensors, verified the first time; then the next one is verified in the background."""
+        shard = self._shards.get(index)
+        if shard is None:
+            shard = self._start(index)
+            self._start((index + 1) % len(self.manifest["shards"]))
+        return shard.result()
 
     def _open_shard(self, entry: dict[str, Any]) -> dict[str, np.ndarray]:
         path = self.path / entry["file"]
@@ -98,12 +122,21 @@ class Cache:
             raise IndexError(f"sequence {index} of a cache of {self.num_sequences}")
         shard = int(np.searchsorted(self._first, index, side="right")) - 1
         tensors, i = self._shard(shard), index - int(self._first[shard])
-        tokens = slice(int(tensors["seq_starts"][i]), int(tensors["seq_starts"][i + 1]))
+        own = slice(int(tensors["seq_starts"][i]), int(tensors["seq_starts"][i + 1]))
+        prefix = slice(0, 0)
+        if "prefix_len" in tensors and tensors["prefix_len"][i]:
+            prefix = slice(int(tensors["prefix_start"][i]), int(tensors["prefix_start"][i] + tensors["prefix_len"][i]))
+
+        def rows(name: str) -> np.ndarray:
+            tensor = tensors[name]
+            return np.concatenate([tensor[prefix], tensor[own]]) if prefix.stop else tensor[own]
+
         return Sequence(
-            features=tensors["features"][tokens],
-            token_ids=tensors["token_ids"][tokens],
-            next_ids=tensors["next_ids"][tokens],
-            loss_mask=tensors["loss_mask"][tokens],
+            stored_features=rows("features"),
+            feature_scales=rows("feature_scales") if "feature_scales" in tensors else None,
+            token_ids=rows("token_ids"),
+            next_ids=rows("next_ids"),
+            loss_mask=rows("loss_mask"),
             position_offset=int(tensors["position_offset"][i]),
             prompt_len=int(tensors["prompt_len"][i]),
             prompt_hash=int(tensors["prompt_hash"][i]),
@@ -119,7 +152,8 @@ class Cache:
 
     def prompt_hashes(self) -> UInt64[np.ndarray, " sequences"]:
         """Return the prompt hash of every sequence, in order. Touches, and so verifies, every shard."""
-        return np.concatenate([self._shard(index)["prompt_hash"] for index in range(len(self.manifest["shards"]))])
+        shards = [self._start(index) for index in range(len(self.manifest["shards"]))]
+        return np.concatenate([shard.result()["prompt_hash"] for shard in shards])
 
 
 def open_cache(path: Path) -> Cache:
