@@ -35,6 +35,8 @@ def test_one_shard_by_hand(tmp_path):
         "prompt_hash": "uint64",
         "sequence_index": "int32",
         "prompt_set": "uint16",
+        "prefix_start": "int64",
+        "prefix_len": "int32",
     }
     assert rest["token_ids"].tolist() == [4, 5, 6, 7, 1, 2, 3] * 2
     # 5 * token + place, modulo 97
@@ -45,6 +47,7 @@ def test_one_shard_by_hand(tmp_path):
     assert rest["prompt_len"].tolist() == [1, 2, 1, 2]
     assert rest["sequence_index"].tolist() == [1, 0, 1, 0]
     assert rest["prompt_set"].tolist() == [1, 0, 1, 0]
+    assert rest["prefix_len"].tolist() == [0, 0, 0, 0]
     four = int.from_bytes(hashlib.sha256(struct.pack("<i", 4)).digest()[:8], "little")
     one_two = int.from_bytes(hashlib.sha256(struct.pack("<ii", 1, 2)).digest()[:8], "little")
     assert rest["prompt_hash"].tolist() == [four, one_two] * 2
@@ -83,9 +86,9 @@ def test_one_shard_by_hand(tmp_path):
         ],
         "complete": True,
     }
-    # 6 columns * 2 + 4 + 4 + 1 per token, 30 per sequence, 8, and the header
+    # 6 columns * 2 + 4 + 4 + 1 per token, 42 per sequence, 8, and the header
     header = struct.unpack("<Q", path.read_bytes()[:8])[0]
-    assert path.stat().st_size == 14 * 21 + 4 * 30 + 8 + 8 + header
+    assert path.stat().st_size == 14 * 21 + 4 * 42 + 8 + 8 + header
     assert cache_info(tmp_path / "cache")["bytes_per_token"] == 21
 
 
@@ -238,6 +241,10 @@ CONTENT_PROBLEMS = [
     (put("seq_starts", at(0, 1)), "seq_starts does not rise from 0 to"),
     (put("seq_starts", at(-1, 10**6)), "seq_starts is int64|seq_starts does not rise"),
     (put("prompt_set", at(1, 3)), "a prompt_set is not one of the manifest's 3"),
+    (put("prefix_len", at(0, 1)), "a prefix does not lie before its sequence"),
+    (put("prefix_len", at(1, -1)), "a prefix does not lie before its sequence"),
+    (put("prefix_start", at(1, 10**6)), "a prefix does not lie before its sequence"),
+    (put("prefix_len", at(2, 61)), "a prefix_len is more than its sequence's prompt_len"),
     (put("prompt_len", at(0, 0)), "a prompt_len is not between 1 and its sequence's length"),
     (put("prompt_len", at(0, 150)), "a prompt_len is not between 1 and its sequence's length"),
 ]

@@ -69,7 +69,7 @@ def test_interrupted_build_is_incomplete_then_resumes_and_keeps_shards(tmp_path,
         InputError, match=rf"is not complete \({have} of \d+ shards\): run the same `cache build` again"
     ):
         open_cache(cache)
-    strays = [cache / ".shard-00009.safetensors.abc.partial", cache / ".tmpAbCdEf"]
+    strays = [cache / ".shard-00009.safetensors.abc.partial", cache / ".manifest.json.x.partial"]
     for stray in strays:
         stray.write_bytes(b"half")
     progress = []

@@ -23,7 +23,7 @@ from dflash_jax.cache.manifest import write_manifest
 from dflash_jax.core import sha256_file
 
 VOCAB, HIDDEN, LAYERS, CONTEXT = 97, 3, 5, 200
-SINCE_2 = ("prompt_set",)  # tensors that format_version 1 had not
+SINCE_2 = ("prefix_start", "prefix_len", "prompt_set")  # tensors that format_version 1 had not
 FINGERPRINT = {"target_weights": "w1", "target_config": "c1", "chat_template_sha256": "t1"}
 TARGET = {
     "architectures": ["LlamaForCausalLM"],

@@ -15,6 +15,7 @@ from jaxtyping import Float, Int32
 from safetensors import SafetensorError
 
 from dflash_jax.cache.config import MAX_POSITION, CacheBuildConfig
+from dflash_jax.cache.features import feature_layout
 from dflash_jax.cache.manifest import (
     FORMAT,
     FORMAT_VERSION,
@@ -25,8 +26,8 @@ from dflash_jax.cache.manifest import (
 )
 from dflash_jax.cache.plan import ShardPlan, Step, plan_shards
 from dflash_jax.cache.responses import Responses, read_responses
-from dflash_jax.cache.shards import bytes_per_token, empty_tensors, file_problem, tensor_layout
-from dflash_jax.core import InputError, make_record, save_tensors, sha256_file
+from dflash_jax.cache.shards import Layout, bytes_per_token, empty_tensors, file_problem, tensor_layout, write_shard
+from dflash_jax.core import InputError, make_record
 from dflash_jax.targets import default_capture_layers, read_target_config
 
 DEFAULT_CAPTURE_COUNT = 4
@@ -160,7 +161,7 @@ def _resume(out: Path, new: dict[str, Any]) -> tuple[dict[str, Any], int]:
         if stored["complete"] and not damaged:
             return stored, 0
         stored = stored | {"shards": intact, "complete": False, "records": stored["records"] + new["records"]}
-    for stray in (*out.glob(".*.partial"), *out.glob(".tmp*")):  # ours, and safetensors' own
+    for stray in out.glob(".*.partial"):
         stray.unlink()
     write_manifest(out, stored)
     return stored, damaged
@@ -209,17 +210,18 @@ def _captured(
         yield fetch(*pending)
 
 
-def _begin_shard(shard: ShardPlan, responses: Responses, columns: int, features: str) -> dict[str, np.ndarray]:
-    """A shard's tensors with everything that is known before the forward."""
-    tensors = empty_tensors(
-        tensor_layout(
-            version=FORMAT_VERSION,
-            tokens=shard.tokens,
-            sequences=shard.sequences,
-            columns=columns,
-            features=features,
-        )
+def _shard_layout(shard: ShardPlan, manifest: dict[str, Any]) -> Layout:
+    return tensor_layout(
+        version=FORMAT_VERSION,
+        tokens=shard.tokens,
+        sequences=shard.sequences,
+        features=feature_layout(manifest),
     )
+
+
+def _begin_shard(shard: ShardPlan, responses: Responses, layout: Layout) -> dict[str, np.ndarray]:
+    """A shard's tensors with everything that is known before the forward."""
+    tensors = empty_tensors(layout)
     rows = np.concatenate([step.rows for step in shard.steps])
     lengths = responses.lengths[rows]
     tensors["seq_starts"][:] = np.cumsum([0, *lengths])
@@ -230,6 +232,7 @@ def _begin_shard(shard: ShardPlan, responses: Responses, columns: int, features:
     tensors["prompt_hash"][:] = responses.prompt_hash[rows]
     tensors["prompt_set"][:] = responses.prompt_set[rows]
     tensors["sequence_index"][:] = rows
+    tensors["prefix_start"][:] = tensors["prefix_len"][:] = 0
     tensors["token_ids"][:] = np.concatenate([responses.tokens(int(row)) for row in rows])
     place = np.arange(shard.tokens) - np.repeat(tensors["seq_starts"][:-1], lengths)
     tensors["loss_mask"][:] = place >= np.repeat(responses.prompt_len[rows], lengths)
@@ -272,11 +275,11 @@ def _commit(out: Path, manifest: dict[str, Any], shard: ShardPlan, tensors: dict
     """Write a shard aside, sync, rename, hash, then enter it in the ledger."""
     path = out / shard.file
     with _writing(out):
-        save_tensors(path, tensors)
+        size, digest = write_shard(path, _shard_layout(shard, manifest), tensors)
         entry = {
             "file": shard.file,
-            "bytes": path.stat().st_size,
-            "sha256": sha256_file(path),
+            "bytes": size,
+            "sha256": digest,
             "sequences": shard.sequences,
             "tokens": shard.tokens,
         }
@@ -294,8 +297,7 @@ def _build_shards(
     progress: Callable[[BuildProgress], None] | None,
 ) -> None:
     """Capture and write the given shards; at most one is being written while the next is filled."""
-    columns = manifest["hidden_size"] * len(manifest["capture_layers"])
-    per_token = bytes_per_token(columns=columns, features=manifest["features_dtype"])
+    per_token = bytes_per_token(feature_layout(manifest))
     total, done = manifest["num_tokens"], manifest["num_tokens"] - sum(shard.tokens for shard in shards)
     kept = done
     with ThreadPoolExecutor(max_workers=1) as writer:
@@ -304,7 +306,7 @@ def _build_shards(
         filled = 0
         for shard, step, features, next_ids in _captured(shards, responses, capture):
             if step is shard.steps[0]:
-                tensors, filled = _begin_shard(shard, responses, columns, manifest["features_dtype"]), 0
+                tensors, filled = _begin_shard(shard, responses, _shard_layout(shard, manifest)), 0
             before, filled = filled, _fill(tensors, filled, step, features, next_ids, responses)
             done += filled - before
             if step is shard.steps[-1]:

@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from dflash_jax.cache.features import FEATURES_DTYPES
 from dflash_jax.core import InputError, read_json, sha256_json, write_json
 
 FORMAT = "dflash-jax-cache"
@@ -76,7 +77,7 @@ def _content_problem(manifest: dict[str, Any]) -> str | None:
         return f"{missing[0]} is missing or of the wrong type"
     if not all(isinstance(name, str) for name in manifest.get("prompt_sets", [])):
         return "prompt_sets holds something that is not a name"
-    if manifest["features_dtype"] not in ("bfloat16", "float32"):
+    if manifest["features_dtype"] not in FEATURES_DTYPES:
         return f"features_dtype {manifest['features_dtype']!r} is unknown"
     content = {name: value for name, value in manifest.items() if name != "manifest_sha256"}
     if manifest.get("manifest_sha256") != sha256_json(content):

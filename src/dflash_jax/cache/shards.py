@@ -1,5 +1,7 @@
-"""One shard file: its tensors, made, mapped into memory, and checked against the ledger."""
+"""One shard file: its tensors, made, written, mapped into memory, and checked against the ledger."""
 
+import hashlib
+import json
 from pathlib import Path
 from typing import Any
 
@@ -7,37 +9,41 @@ import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from dflash_jax.cache.features import FeatureLayout, feature_layout
 from dflash_jax.cache.manifest import FORMAT_VERSION
-from dflash_jax.core import InputError, read_header, sha256_file
+from dflash_jax.core import InputError, atomic_file, read_header, sha256_file
+
+Layout = dict[str, tuple[str, tuple[int, ...]]]
+"""safetensors' dtype name and shape of every tensor of a shard."""
 
 _WHAT = "the cache's shard"
 # safetensors' names of the types a shard may hold
 _DTYPES = {
     "BF16": np.dtype(ml_dtypes.bfloat16),
     "F32": np.dtype(np.float32),
+    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
+    "I8": np.dtype(np.int8),
     "I32": np.dtype(np.int32),
     "I64": np.dtype(np.int64),
     "U8": np.dtype(np.uint8),
     "U16": np.dtype(np.uint16),
     "U64": np.dtype(np.uint64),
 }
-_FEATURES = {"bfloat16": "BF16", "float32": "F32"}
+_PER_TOKEN = ("features", "feature_scales", "token_ids", "next_ids", "loss_mask")
+_WRITE_BYTES = 1 << 24  # a piece of a tensor: hashed while it is in the processor's cache, then written
 
 
-def tensor_layout(
-    *, version: int, tokens: int, sequences: int, columns: int, features: str
-) -> dict[str, tuple[str, tuple[int, ...]]]:
+def tensor_layout(*, version: int, tokens: int, sequences: int, features: FeatureLayout) -> Layout:
     """Return safetensors' dtype name and shape of every tensor of a shard.
 
     Args:
         version: the manifest's `format_version`.
         tokens: tokens stored, of all its sequences.
         sequences: sequences stored.
-        columns: captured layers times hidden size.
-        features: "bfloat16" or "float32".
+        features: how features are stored.
     """
-    layout: dict[str, tuple[str, tuple[int, ...]]] = {
-        "features": (_FEATURES[features], (tokens, columns)),
+    layout: Layout = {
+        "features": (features.safetensors_dtype, (tokens, features.columns)),
         "token_ids": ("I32", (tokens,)),
         "next_ids": ("I32", (tokens,)),
         "loss_mask": ("U8", (tokens,)),
@@ -47,19 +53,76 @@ def tensor_layout(
         "prompt_hash": ("U64", (sequences,)),
         "sequence_index": ("I32", (sequences,)),
     }
-    return layout if version == 1 else layout | {"prompt_set": ("U16", (sequences,))}
+    if version == 1:
+        return layout
+    if features.quantised:
+        layout["feature_scales"] = ("BF16", (tokens, features.scales))
+    per_sequence = {"prefix_start": "I64", "prefix_len": "I32", "prompt_set": "U16"}
+    return layout | {name: (kind, (sequences,)) for name, kind in per_sequence.items()}
 
 
-def empty_tensors(layout: dict[str, tuple[str, tuple[int, ...]]]) -> dict[str, np.ndarray]:
+def empty_tensors(layout: Layout) -> dict[str, np.ndarray]:
     """Uninitialised arrays for a layout."""
     return {name: np.empty(shape, _DTYPES[kind]) for name, (kind, shape) in layout.items()}
 
 
-def bytes_per_token(*, columns: int, features: str) -> int:
+def tensor_bytes(layout: Layout) -> dict[str, int]:
+    """Bytes of every tensor of a layout."""
+    return {name: int(np.prod(shape)) * _DTYPES[kind].itemsize for name, (kind, shape) in layout.items()}
+
+
+def bytes_per_token(features: FeatureLayout) -> int:
     """Bytes a token takes in a shard, without the bytes per sequence and the header."""
-    layout = tensor_layout(version=FORMAT_VERSION, tokens=1, sequences=0, columns=columns, features=features)
-    per_token = ("features", "token_ids", "next_ids", "loss_mask")
-    return sum(_DTYPES[layout[name][0]].itemsize * layout[name][1][-1] for name in per_token)
+    layout = tensor_layout(version=FORMAT_VERSION, tokens=1, sequences=0, features=features)
+    return sum(size for name, size in tensor_bytes(layout).items() if name in _PER_TOKEN)
+
+
+def _header(layout: Layout) -> tuple[list[str], bytes]:
+    """The order of a shard's tensors, and the bytes before them.
+
+    Widest elements first, then by name: every tensor starts at a multiple of its element's size.
+    """
+    names = sorted(layout, key=lambda name: (-_DTYPES[layout[name][0]].itemsize, name))
+    sizes = tensor_bytes(layout)
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    first = 0
+    for name in names:
+        kind, shape = layout[name]
+        entries[name] = {"dtype": kind, "shape": list(shape), "data_offsets": [first, first + sizes[name]]}
+        first += sizes[name]
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return names, len(text).to_bytes(8, "little") + text
+
+
+def shard_bytes(layout: Layout) -> int:
+    """Size of a shard's file: what `write_shard` writes, to the byte."""
+    return len(_header(layout)[1]) + sum(tensor_bytes(layout).values())
+
+
+def write_shard(path: Path, layout: Layout, tensors: dict[str, np.ndarray]) -> tuple[int, str]:
+    """Write a shard atomically and return its size and SHA-256, made while it is written: nothing is read again.
+
+    Args:
+        path: where to.
+        layout: of `tensors`, which are C-contiguous.
+        tensors: by name.
+
+    Raises:
+        OSError: the folder cannot be written, or the disk is full; nothing is left behind.
+    """
+    names, header = _header(layout)
+    digest = hashlib.sha256(header)
+    with atomic_file(path) as temporary, temporary.open("wb") as file:
+        file.write(header)
+        for name in names:
+            raw = memoryview(tensors[name].reshape(-1).view(np.uint8))
+            for first in range(0, len(raw), _WRITE_BYTES):
+                piece = raw[first : first + _WRITE_BYTES]
+                digest.update(piece)
+                file.write(piece)
+        size = file.tell()
+    return size, digest.hexdigest()
 
 
 def map_tensors(path: Path) -> dict[str, np.ndarray]:
@@ -107,8 +170,7 @@ def layout_problems(
         version=manifest["format_version"],
         tokens=entry["tokens"],
         sequences=entry["sequences"],
-        columns=manifest["hidden_size"] * len(manifest["capture_layers"]),
-        features=manifest["features_dtype"],
+        features=feature_layout(manifest),
     )
     problems = [f"{path}: {name} is missing" for name in layout if name not in tensors]
     problems += [f"{path}: unexpected tensor {name}" for name in sorted(tensors) if name not in layout]
@@ -119,13 +181,27 @@ def layout_problems(
             problems.append(f"{path}: {name} is {found_text}, {_DTYPES[kind]} {list(shape)} is needed")
     if problems:
         return problems
-    lengths = np.diff(tensors["seq_starts"])
-    if tensors["seq_starts"][0] != 0 or tensors["seq_starts"][-1] != entry["tokens"] or (lengths <= 0).any():
-        return [f"{path}: seq_starts does not rise from 0 to {entry['tokens']}"]
-    if ((tensors["prompt_len"] < 1) | (tensors["prompt_len"] >= lengths)).any():
-        problems.append(f"{path}: a prompt_len is not between 1 and its sequence's length")
-    if manifest["format_version"] > 1 and tensors["prompt_set"].max() >= len(manifest["prompt_sets"]):
-        problems.append(f"{path}: a prompt_set is not one of the manifest's {len(manifest['prompt_sets'])}")
-    if lengths.max() > manifest["max_length"]:
-        problems.append(f"{path}: a sequence is longer than the manifest's max_length {manifest['max_length']}")
-    return problems
+    problem = _bounds_problem(tensors, entry, manifest)
+    return [f"{path}: {problem}"] if problem else []
+
+
+def _bounds_problem(tensors: dict[str, np.ndarray], entry: dict[str, Any], manifest: dict[str, Any]) -> str | None:
+    """What is wrong with the bounds of a shard's sequences; None where nothing is."""
+    starts, prompt_len = tensors["seq_starts"], tensors["prompt_len"]
+    own = np.diff(starts)
+    if starts[0] != 0 or starts[-1] != entry["tokens"] or (own <= 0).any():
+        return f"seq_starts does not rise from 0 to {entry['tokens']}"
+    shared = np.zeros_like(prompt_len)
+    if manifest["format_version"] > 1:
+        shared, first = tensors["prefix_len"], tensors["prefix_start"]
+        if ((shared < 0) | (first < 0) | (first + shared > starts[:-1])).any():
+            return "a prefix does not lie before its sequence"
+        if (shared > prompt_len).any():
+            return "a prefix_len is more than its sequence's prompt_len"
+        if tensors["prompt_set"].max() >= len(manifest["prompt_sets"]):
+            return f"a prompt_set is not one of the manifest's {len(manifest['prompt_sets'])}"
+    if ((prompt_len < 1) | (prompt_len >= own + shared)).any():
+        return "a prompt_len is not between 1 and its sequence's length"
+    if (own + shared).max() > manifest["max_length"]:
+        return f"a sequence is longer than the manifest's max_length {manifest['max_length']}"
+    return None

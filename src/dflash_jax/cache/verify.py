@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from dflash_jax.cache.features import feature_layout
 from dflash_jax.cache.manifest import LOCK_NAME, MANIFEST_NAME, read_manifest
 from dflash_jax.cache.shards import bytes_per_token, file_problem, layout_problems, map_tensors
 from dflash_jax.core import InputError
@@ -21,14 +22,13 @@ def cache_info(path: Path) -> dict[str, Any]:
         InputError: see `read_manifest`.
     """
     manifest = read_manifest(path)
-    columns = manifest["hidden_size"] * len(manifest["capture_layers"])
     return {
         "cache": str(path),
         **{name: manifest[name] for name in ("complete", "format_version", "num_sequences")},
         "num_texts": manifest["num_sequences"] // len(manifest["position_offsets"]),
         **{name: manifest[name] for name in ("num_tokens", "max_length", "max_new_tokens")},
         **{name: manifest[name] for name in ("position_offsets", "capture_layers", "hidden_size", "features_dtype")},
-        "bytes_per_token": bytes_per_token(columns=columns, features=manifest["features_dtype"]),
+        "bytes_per_token": bytes_per_token(feature_layout(manifest)),
         "bytes": sum(entry["bytes"] for entry in manifest["shards"]),
         "shards": len(manifest["shards"]),
         "num_shards": manifest["num_shards"],
