@@ -5,7 +5,7 @@ made. It imports `core` and, of libraries, only jax, equinox, numpy and jaxtypin
 """
 
 from dflash_jax.nn.attention import block_attention, causal_attention, write_rows
-from dflash_jax.nn.head import LinearCrossEntropy, greedy_tokens, linear_cross_entropy
+from dflash_jax.nn.head import LinearCrossEntropy, best_tokens, greedy_tokens, linear_cross_entropy
 from dflash_jax.nn.mlp import Linear, SwiGLU
 from dflash_jax.nn.norm import RMSNorm
 from dflash_jax.nn.rope import MAX_POSITION, Rope, apply_rope, check_rope_precision, rope_cos_sin
@@ -22,6 +22,7 @@ __all__ = [
     "SwiGLU",
     "YarnScaling",
     "apply_rope",
+    "best_tokens",
     "block_attention",
     "causal_attention",
     "check_rope_precision",

@@ -37,14 +37,37 @@ def _logits(hidden: Float[Array, "row hidden"], weights: Float[Array, "vocab hid
     return jnp.einsum("rh,vh->rv", hidden, weights, preferred_element_type=jnp.float32)
 
 
+def _best_columns(logits: Float[Array, "row chunk"]) -> tuple[Float[Array, " row"], Int32[Array, " row"]]:
+    """The largest of each row and its first column."""
+    index = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    return jnp.take_along_axis(logits, index[:, None], axis=-1)[:, 0], index
+
+
 def _fold_best(
     best: tuple[Float[Array, " row"], Int32[Array, " row"]], logits: Float[Array, "row chunk"], start: Int32[Array, ""]
 ) -> tuple[Float[Array, " row"], Int32[Array, " row"]]:
     """The running maximum and its column; a tie keeps the lower column, as argmax does."""
     score, token = best
-    index = jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    top = jnp.take_along_axis(logits, index[:, None], axis=-1)[:, 0]
+    top, index = _best_columns(logits)
     return jnp.maximum(score, top), jnp.where(top > score, index + start, token)
+
+
+def best_tokens(
+    hidden: Float[Array, "*rows hidden"], head: Float[Array, "vocab hidden"]
+) -> tuple[Float[Array, "*rows"], Int32[Array, "*rows"]]:
+    """Return the largest of `hidden @ head.T` for every row, float32, and its index; the lowest index wins a tie.
+
+    Args:
+        hidden: rows after the model's final norm.
+        head: the vocabulary head or a part of it, one row per token.
+    """
+    flat = hidden.reshape(-1, hidden.shape[-1])
+    if flat.shape[0] * head.shape[0] <= DIRECT_LOGITS:
+        score, token = _best_columns(_logits(flat, head))
+    else:
+        start = (jnp.full(flat.shape[:1], -jnp.inf, jnp.float32), jnp.zeros(flat.shape[:1], jnp.int32))
+        score, token = _fold_chunks(lambda best, weights, at: _fold_best(best, _logits(flat, weights), at), start, head)
+    return score.reshape(hidden.shape[:-1]), token.reshape(hidden.shape[:-1])
 
 
 def greedy_tokens(hidden: Float[Array, "*rows hidden"], head: Float[Array, "vocab hidden"]) -> Int32[Array, "*rows"]:
@@ -54,12 +77,7 @@ def greedy_tokens(hidden: Float[Array, "*rows hidden"], head: Float[Array, "voca
         hidden: rows after the model's final norm.
         head: the vocabulary head, one row per token.
     """
-    flat = hidden.reshape(-1, hidden.shape[-1])
-    if flat.shape[0] * head.shape[0] <= DIRECT_LOGITS:
-        return jnp.argmax(_logits(flat, head), axis=-1).astype(jnp.int32).reshape(hidden.shape[:-1])
-    start = (jnp.full(flat.shape[:1], -jnp.inf, jnp.float32), jnp.zeros(flat.shape[:1], jnp.int32))
-    _, tokens = _fold_chunks(lambda best, weights, first: _fold_best(best, _logits(flat, weights), first), start, head)
-    return tokens.reshape(hidden.shape[:-1])
+    return best_tokens(hidden, head)[1]
 
 
 class LinearCrossEntropy(eqx.Module):
