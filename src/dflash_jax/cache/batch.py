@@ -13,8 +13,9 @@ from dataclasses import dataclass
 
 import jax
 import numpy as np
-from jaxtyping import Float, Int32
+from jaxtyping import Float, Int32, Shaped
 
+from dflash_jax.cache.features import load_features
 from dflash_jax.cache.reader import Sequence
 from dflash_jax.drafter import StoredSequence
 
@@ -45,7 +46,9 @@ class HostBatch:
     """Sequences side by side in host memory, right-padded with zeros. Do not write into it.
 
     Attributes:
-        features: target features of every token, in a pooled buffer: valid for as long as it is referred to.
+        features: target features of every token as they are stored, in a pooled buffer: valid for as long as it is
+            referred to.
+        feature_scales: of features stored in 8 bits; else None.
         token_ids: the text.
         next_ids: the target's greedy token after each token.
         length: tokens that are real.
@@ -54,7 +57,8 @@ class HostBatch:
         position_offset: absolute position of token 0.
     """
 
-    features: Float[np.ndarray, "batch seq features"]
+    features: Shaped[np.ndarray, "batch seq features"]
+    feature_scales: Float[np.ndarray, "batch seq scales"] | None
     token_ids: Int32[np.ndarray, "batch seq"]
     next_ids: Int32[np.ndarray, "batch seq"]
     length: Int32[np.ndarray, " batch"]
@@ -80,8 +84,8 @@ def _take(num_bytes: int) -> _Buffer:
 
 
 def _stack_features(
-    rows: SequenceOf[Float[np.ndarray, "_ features"]], width: int
-) -> Float[np.ndarray, "batch {width} features"]:
+    rows: SequenceOf[Shaped[np.ndarray, "_ features"]], width: int
+) -> Shaped[np.ndarray, "batch {width} features"]:
     """Rows below one another, zeros after each, in a buffer that goes back to the pool when nothing views it."""
     dtype, columns = rows[0].dtype, rows[0].shape[1]
     row_bytes = width * columns * dtype.itemsize
@@ -113,7 +117,8 @@ def stack_on_host(sequences: SequenceOf[Sequence], *, width: int, max_new_tokens
             shortens blocks there. None where it is not known: blocks are then never shortened.
     """
     rows = len(sequences)
-    features = _stack_features([sequence.features for sequence in sequences], width)
+    features = _stack_features([sequence.stored_features for sequence in sequences], width)
+    scales = [sequence.feature_scales for sequence in sequences if sequence.feature_scales is not None]
     token_ids, next_ids = np.zeros((rows, width), np.int32), np.zeros((rows, width), np.int32)
     for row, sequence in enumerate(sequences):
         length = len(sequence.token_ids)
@@ -122,6 +127,7 @@ def stack_on_host(sequences: SequenceOf[Sequence], *, width: int, max_new_tokens
     limit = np.full(rows, np.iinfo(np.int32).max, np.int32) if max_new_tokens is None else prompt_len + max_new_tokens
     return HostBatch(
         features=features,
+        feature_scales=_stack_features(scales, width) if scales else None,
         token_ids=token_ids,
         next_ids=next_ids,
         length=np.array([len(sequence.token_ids) for sequence in sequences], np.int32),
@@ -134,12 +140,16 @@ def stack_on_host(sequences: SequenceOf[Sequence], *, width: int, max_new_tokens
 def stack_sequences(sequences: SequenceOf[Sequence], *, width: int, max_new_tokens: int | None) -> StoredSequence:
     """Return sequences side by side on the device, right-padded with zeros; see `stack_on_host` for the arguments.
 
-    On a CPU nothing is copied again; elsewhere the transfer may still be under way.
+    On a CPU nothing is copied again; elsewhere the transfer may still be under way. Features stored in 8 bits cross to
+    the device as such, and become bfloat16 there.
     """
     host = stack_on_host(sequences, width=width, max_new_tokens=max_new_tokens)
     # device_put and not jnp.asarray, which copies, at a twentieth of the speed of the copy above
+    features = jax.device_put(host.features)
+    if host.feature_scales is not None:
+        features = load_features(features, jax.device_put(host.feature_scales))
     return StoredSequence(
-        features=jax.device_put(host.features),
+        features=features,
         token_ids=jax.device_put(host.token_ids),
         next_ids=jax.device_put(host.next_ids),
         length=jax.device_put(host.length),
