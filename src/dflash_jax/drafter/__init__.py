@@ -14,6 +14,7 @@ from dflash_jax.drafter.model import (
     context_kv,
     draft_blocks,
     draft_hidden,
+    draft_in_context,
     embed_slots,
     init_drafter,
 )
@@ -28,6 +29,7 @@ __all__ = [
     "context_kv",
     "draft_blocks",
     "draft_hidden",
+    "draft_in_context",
     "drafter_fingerprint",
     "drafter_shapes",
     "eligible_anchors",

@@ -164,6 +164,43 @@ def embed_slots(
     return embed_tokens[jnp.concatenate([anchor_tokens[..., None], masks], axis=-1)]
 
 
+def draft_in_context(
+    drafter: Drafter,
+    embed_tokens: Float[Array, "vocab hidden"],
+    context: tuple[ContextKV, ...],
+    token_ids: Int32[Array, " context"],
+    anchors: Int32[Array, " anchor"],
+    *,
+    block_lengths: Int32[Array, " anchor"],
+    block_size: int,
+    block_offset: Int32[Array, ""],
+) -> Float[Array, "anchor block hidden"]:
+    """Return the drafter's output for blocks at many anchors of one sequence whose `context_kv` is there already.
+
+    Args:
+        drafter: the drafter.
+        embed_tokens: the target's embedding.
+        context: every layer's keys and values of the whole sequence; a block sees the rows strictly before its anchor.
+        token_ids: the sequence.
+        anchors: index of each block's first token.
+        block_lengths: slots of each block that exist, 1 to block_size.
+        block_size: slots computed per block.
+        block_offset: absolute position of token 0, as the slots' positions count it.
+    """
+    index = jnp.arange(token_ids.shape[0], dtype=jnp.int32)
+    slot = jnp.arange(block_size, dtype=jnp.int32)
+    return draft_hidden(
+        drafter,
+        context,
+        embed_slots(embed_tokens, token_ids[anchors], drafter.config, block_size=block_size).astype(
+            drafter.fc.weight.dtype
+        ),
+        positions=block_offset + anchors[:, None] + slot[None],
+        context_visible=index[None] < anchors[:, None],
+        slot_visible=slot[None] < block_lengths[:, None],
+    )
+
+
 def draft_blocks(
     drafter: Drafter,
     embed_tokens: Float[Array, "vocab hidden"],
@@ -192,15 +229,13 @@ def draft_blocks(
             else is what an engine does that gives context and block positions of different origins (`parity` asks).
     """
     index = jnp.arange(features.shape[0], dtype=jnp.int32)
-    slot = jnp.arange(block_size, dtype=jnp.int32)
-    block_offset = position_offset if block_shift is None else position_offset + block_shift
-    return draft_hidden(
+    return draft_in_context(
         drafter,
+        embed_tokens,
         context_kv(drafter, features, position_offset + index),
-        embed_slots(embed_tokens, token_ids[anchors], drafter.config, block_size=block_size).astype(
-            drafter.fc.weight.dtype
-        ),
-        positions=block_offset + anchors[:, None] + slot[None],
-        context_visible=index[None] < anchors[:, None],
-        slot_visible=slot[None] < block_lengths[:, None],
+        token_ids,
+        anchors,
+        block_lengths=block_lengths,
+        block_size=block_size,
+        block_offset=position_offset if block_shift is None else position_offset + block_shift,
     )
