@@ -71,7 +71,10 @@ def test_a_tied_head_may_be_stored_once_more(copies, checkpoints):
 def test_quantised_weights_are_refused(copies):
     folder = copies("tied")
     change_weights(folder, lambda tensors: tensors.update({"model.norm.weight": np.ones(42, np.int8)}))
-    with pytest.raises(InputError, match="model.norm.weight is I8; only BF16, F16, F32 are handled"):
+    with pytest.raises(InputError, match="model.norm.weight is I8; only BF16, F16, F32 and MXFP4 are handled"):
+        load_target(folder)
+    change_weights(folder, lambda tensors: tensors.update({"model.norm.weight": np.ones(42, np.uint8)}))
+    with pytest.raises(InputError, match="1 tensor.s. are of another dtype: model.norm.weight is uint8, a float is"):
         load_target(folder)
 
 

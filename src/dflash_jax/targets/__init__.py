@@ -7,8 +7,9 @@ jaxtyping and safetensors.
 
 from dflash_jax.targets.config import TargetConfig, default_capture_layers, read_target_config
 from dflash_jax.targets.decoder import KVCache, Target, TargetOutput, extend, next_ids, prefill
+from dflash_jax.targets.describe import describe_target
 from dflash_jax.targets.layout import stored_shapes, tensor_axes, tensor_shapes
-from dflash_jax.targets.loading import describe_target, fingerprint, load_target
+from dflash_jax.targets.loading import fingerprint, load_target
 
 __all__ = [
     "KVCache",

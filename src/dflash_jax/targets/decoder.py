@@ -1,11 +1,26 @@
-"""The Llama-family decoder: one forward for prefill and for blocks, with the features of captured layers."""
+"""The decoder: one forward for prefill and for blocks, with the features of captured layers.
+
+Families differ by which parts a layer has (biases, q/k norms, sinks, a window, experts), never by another forward.
+"""
 
 import equinox as eqx
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int32
+from jax.sharding import Mesh
+from jaxtyping import Array, Float, Int32
 
-from dflash_jax.nn import Linear, RMSNorm, SwiGLU, apply_rope, causal_attention, greedy_tokens, rope_cos_sin, write_rows
+from dflash_jax.nn import (
+    Linear,
+    MoE,
+    RMSNorm,
+    SwiGLU,
+    apply_rope,
+    causal_attention,
+    greedy_tokens,
+    rope_cos_sin,
+    write_rows,
+)
 from dflash_jax.targets.config import TargetConfig
+from dflash_jax.targets.sharding import constrain, greedy_tokens_split
 
 
 class LayerKV(eqx.Module):
@@ -13,6 +28,14 @@ class LayerKV(eqx.Module):
 
     k: Float[Array, "batch kv_heads capacity head_dim"]
     v: Float[Array, "batch kv_heads capacity head_dim"]
+
+
+_ROWS = ("batch", None, None)  # logical axes of what is [batch, query, ...]
+_KV = ("batch", "kv_heads", None, None)
+
+
+def _pin_kv(kv: LayerKV, mesh: Mesh | None) -> LayerKV:
+    return LayerKV(k=constrain(kv.k, _KV, mesh), v=constrain(kv.v, _KV, mesh))
 
 
 class KVCache(eqx.Module):
@@ -52,13 +75,25 @@ class TargetOutput(eqx.Module):
 
 
 class Attention(eqx.Module):
-    """Causal grouped-query attention over the cache."""
+    """Causal grouped-query attention over the cache.
+
+    Attributes:
+        q_proj: queries, with a bias where the family has one; k_proj, v_proj and o_proj likewise.
+        q_norm: RMSNorm over every head's channels before RoPE, k_norm likewise; None: none.
+        sinks: one logit per head that joins the softmax and gives no value; None: none.
+        head_dim: channels per head.
+        window: tokens seen, the query's own included; None: all before it.
+    """
 
     q_proj: Linear
     k_proj: Linear
     v_proj: Linear
     o_proj: Linear
+    q_norm: RMSNorm | None
+    k_norm: RMSNorm | None
+    sinks: Float[Array, " heads"] | None
     head_dim: int = eqx.field(static=True)
+    window: int | None = eqx.field(static=True)
 
     def __call__(
         self,
@@ -67,14 +102,16 @@ class Attention(eqx.Module):
         cos_sin: tuple[Float[Array, "batch query half_dim"], Float[Array, "batch query half_dim"]],
         kv: LayerKV,
         starts: Int32[Array, " batch"],
-        visible: Bool[Array, "batch query capacity"],
     ) -> tuple[Float[Array, "batch query hidden"], LayerKV]:
         """Return the attention output and the layer's cache with the new rows."""
         batch, query, _ = x.shape
         q, k, v = (proj(x).reshape(batch, query, -1, self.head_dim) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        q = q if self.q_norm is None else self.q_norm(q)
+        k = k if self.k_norm is None else self.k_norm(k)
         q, k = apply_rope(q, cos_sin), apply_rope(k, cos_sin)
         kv = LayerKV(k=write_rows(kv.k, k, starts), v=write_rows(kv.v, v, starts))
-        return self.o_proj(causal_attention(q, kv.k, kv.v, visible).reshape(batch, query, -1)), kv
+        attended = causal_attention(q, kv.k, kv.v, starts, window=self.window, sinks=self.sinks)
+        return self.o_proj(attended.reshape(batch, query, -1)), kv
 
 
 class DecoderLayer(eqx.Module):
@@ -83,7 +120,7 @@ class DecoderLayer(eqx.Module):
     input_layernorm: RMSNorm
     self_attn: Attention
     post_attention_layernorm: RMSNorm
-    mlp: SwiGLU
+    mlp: SwiGLU | MoE
 
 
 class Target(eqx.Module):
@@ -95,6 +132,8 @@ class Target(eqx.Module):
         norm: final norm.
         lm_head: vocabulary head, or None when it is tied to the embedding.
         config: sizes.
+        mesh: the devices the tensors are split over; None is one device. It travels with the target, so that its
+            forward and its cache are split the same way wherever it is used.
     """
 
     embed_tokens: Float[Array, "vocab hidden"]
@@ -102,6 +141,7 @@ class Target(eqx.Module):
     norm: RMSNorm
     lm_head: Float[Array, "vocab hidden"] | None
     config: TargetConfig = eqx.field(static=True)
+    mesh: Mesh | None = eqx.field(static=True, default=None)
 
     @property
     def head(self) -> Float[Array, "vocab hidden"]:
@@ -115,7 +155,10 @@ def empty_kv(target: Target, *, capacity: int, position_offset: Int32[Array, " b
     shape = (position_offset.shape[0], config.num_kv_heads, capacity, config.head_dim)
     # two arrays, not one twice: donated buffers must be distinct
     layers = tuple(
-        LayerKV(k=jnp.zeros(shape, target.embed_tokens.dtype), v=jnp.zeros(shape, target.embed_tokens.dtype))
+        _pin_kv(
+            LayerKV(k=jnp.zeros(shape, target.embed_tokens.dtype), v=jnp.zeros(shape, target.embed_tokens.dtype)),
+            target.mesh,
+        )
         for _ in range(config.num_layers)
     )
     return KVCache(layers=layers, lengths=jnp.zeros_like(position_offset), position_offset=position_offset)
@@ -132,10 +175,7 @@ def extend(
     """Feed every sequence its next tokens.
 
     Token i of a row is fed at cache row `lengths + i`, absolute position `position_offset + lengths + i`, and sees rows
-    0 to `lengths + i`. For lengths 2, two tokens, capacity 5 (`x` seen):
-
-        token 0   x x x . .
-        token 1   x x x x .
+    0 to `lengths + i`, in sliding layers the last `sliding_window` of them (`nn.causal_attention` draws it).
 
     Args:
         target: the model.
@@ -151,22 +191,19 @@ def extend(
     assert query <= kv.capacity, f"{query} tokens do not fit a cache of {kv.capacity} rows"
     rows = kv.lengths[:, None] + jnp.arange(query, dtype=jnp.int32)[None]
     cos_sin = rope_cos_sin(target.config.rope, kv.position_offset[:, None] + rows)
-    visible = jnp.arange(kv.capacity, dtype=jnp.int32)[None, None] <= rows[:, :, None]
-    x = target.embed_tokens[tokens]
+    x = constrain(target.embed_tokens[tokens], _ROWS, target.mesh)
     layer_caches, captured = [], {}
     for index, (layer, layer_kv) in enumerate(zip(target.layers, kv.layers, strict=True)):
-        attended, layer_kv = layer.self_attn(
-            layer.input_layernorm(x), cos_sin=cos_sin, kv=layer_kv, starts=kv.lengths, visible=visible
-        )
-        x = x + attended
-        x = x + layer.mlp(layer.post_attention_layernorm(x))
-        layer_caches.append(layer_kv)
+        attended, layer_kv = layer.self_attn(layer.input_layernorm(x), cos_sin=cos_sin, kv=layer_kv, starts=kv.lengths)
+        x = constrain(x + attended, _ROWS, target.mesh)
+        x = constrain(x + layer.mlp(layer.post_attention_layernorm(x)), _ROWS, target.mesh)
+        layer_caches.append(_pin_kv(layer_kv, target.mesh))
         captured[index] = x
     features = [captured[index] for index in capture_layers] or [jnp.zeros((*tokens.shape, 0), x.dtype)]
     lengths = kv.lengths + (jnp.int32(query) if num_valid is None else num_valid)
     return TargetOutput(
         hidden=target.norm(x),
-        features=jnp.concatenate(features, axis=-1),
+        features=constrain(jnp.concatenate(features, axis=-1), _ROWS, target.mesh),
         kv=KVCache(layers=tuple(layer_caches), lengths=lengths, position_offset=kv.position_offset),
     )
 
@@ -199,4 +236,7 @@ def next_ids(target: Target, hidden: Float[Array, "*rows hidden"]) -> Int32[Arra
 
     Logits are float32, and never more than `nn.head` allows at once.
     """
-    return greedy_tokens(hidden, target.head)
+    if target.mesh is None:
+        return greedy_tokens(hidden, target.head)
+    flat = hidden.reshape(-1, 1, hidden.shape[-1]) if hidden.ndim != 3 else hidden
+    return greedy_tokens_split(flat, target.head, target.mesh).reshape(hidden.shape[:-1])

@@ -7,6 +7,7 @@ checkpoints hold the experts' matrices as blocks and scales instead; `stored_sha
 from collections.abc import Callable
 
 import jax
+from jax.sharding import Mesh
 
 from dflash_jax.nn import Linear, RMSNorm, SwiGLU
 from dflash_jax.targets.config import TargetConfig
@@ -115,12 +116,13 @@ def stored_shapes(config: TargetConfig) -> dict[str, tuple[int, ...]]:
     return stored
 
 
-def assemble(config: TargetConfig, take: Callable[[str], jax.Array]) -> Target:
+def assemble(config: TargetConfig, take: Callable[[str], jax.Array], *, mesh: Mesh | None = None) -> Target:
     """Return the model made of tensors.
 
     Args:
         config: the architecture.
         take: gives the tensor of a name of `tensor_shapes`; called once for each.
+        mesh: the devices the tensors are split over; None is one device.
     """
     names = tensor_shapes(config).keys()
 
@@ -146,4 +148,5 @@ def assemble(config: TargetConfig, take: Callable[[str], jax.Array]) -> Target:
         norm=norm("model.norm"),
         lm_head=None if config.tie_embeddings else take("lm_head.weight"),
         config=config,
+        mesh=mesh,
     )

@@ -1,21 +1,26 @@
-"""Target folders: reading, checking, fingerprinting, describing."""
+"""Target folders: checking, reading, fingerprinting."""
 
 from dataclasses import asdict, fields
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from safetensors import SafetensorError, safe_open
+from jax.sharding import Mesh
 
-from dflash_jax.core import InputError, check_names_and_shapes, read_header, read_json, sha256_file, sha256_json
-from dflash_jax.targets.config import TargetConfig, default_capture_layers, read_target_config
+from dflash_jax.core import InputError, check_names_and_shapes, mesh_shape, read_json, sha256_file, sha256_json
+from dflash_jax.targets.config import TargetConfig, read_target_config
 from dflash_jax.targets.decoder import Target
-from dflash_jax.targets.layout import assemble, tensor_shapes
+from dflash_jax.targets.layout import assemble, stored_names, stored_shapes, tensor_axes, tensor_shapes
+from dflash_jax.targets.sharding import check_mesh, weight_sharding
+from dflash_jax.targets.streaming import StoredTensor, make_array, read_slice, stored_tensors
 
 _INDEX = "model.safetensors.index.json"
-_DTYPES = ("BF16", "F16", "F32")  # others are quantised: numbers that mean nothing without their scales
+
+
+def has_weights(folder: Path) -> bool:
+    """Return whether a folder holds weights, and not a config alone."""
+    return (folder / _INDEX).is_file() or any(folder.glob("*.safetensors"))
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -43,50 +48,53 @@ def weight_files(folder: Path) -> list[Path]:
     return [folder / name for name in names]
 
 
-def _checked_files(folder: Path, config: TargetConfig) -> list[Path]:
-    """The weight files, after their headers were found to hold just what the config calls for."""
-    files = weight_files(folder)
-    found: dict[str, tuple[int, ...]] = {}
-    for file in files:
-        for name, entry in read_header(file, what="the target's weights").items():
-            if entry["dtype"] not in _DTYPES:
-                raise InputError(f"{file}: {name} is {entry['dtype']}; only {', '.join(_DTYPES)} are handled")
-            found[name] = tuple(entry["shape"])
+def checked_tensors(folder: Path, config: TargetConfig) -> dict[str, StoredTensor]:
+    """Return where every tensor lies, after the headers were found to hold just what the config calls for.
+
+    Raises:
+        InputError: see `load_target`.
+    """
+    found = stored_tensors(weight_files(folder))
     if config.tie_embeddings:
         found.pop("lm_head.weight", None)  # some checkpoints store the tied head once more
-    check_names_and_shapes(found, tensor_shapes(config), what=str(folder))
-    return files
+    wanted = stored_shapes(config)
+    check_names_and_shapes({name: tensor.shape for name, tensor in found.items()}, wanted, what=str(folder))
+    packed = {part for name in tensor_shapes(config) if len(parts := stored_names(config, name)) > 1 for part in parts}
+    wrong = [
+        f"{name} is {tensor.dtype}, {'uint8' if name in packed else 'a float'} is needed"
+        for name, tensor in sorted(found.items())
+        if (name in packed) != (tensor.dtype.kind == "u")
+    ]
+    if wrong:
+        raise InputError(f"{folder}: {len(wrong)} tensor(s) are of another dtype: {'; '.join(wrong)}")
+    return found
 
 
-def _read_weights(folder: Path, config: TargetConfig, dtype: jnp.dtype) -> dict[str, jax.Array]:
-    """Every tensor on the device, one at a time through host memory."""
-    weights = {}
-    wanted = tensor_shapes(config)
-    for file in _checked_files(folder, config):
-        try:
-            with safe_open(file, framework="numpy") as tensors:
-                for name in wanted.keys() & set(tensors.keys()):
-                    weights[name] = jnp.asarray(tensors.get_tensor(name), dtype)
-        except SafetensorError as error:
-            raise InputError(f"the target's weights are not readable: {file}: {error}") from error
-    return weights
-
-
-def load_target(folder: Path, *, dtype: jnp.dtype | type = jnp.float32, rope: str = "exact") -> Target:
-    """Return the model of a target folder.
+def load_target(
+    folder: Path, *, dtype: jnp.dtype | type = jnp.float32, rope: str = "exact", mesh: Mesh | None = None
+) -> Target:
+    """Return the model of a target folder. Every process reads the bytes of its own shards, one tensor at a time.
 
     Args:
-        folder: a Hugging Face folder: `config.json`, `model.safetensors` or its shards.
+        folder: a Hugging Face folder: `config.json`, `model.safetensors` or its shards; MXFP4 is dequantised.
         dtype: of weights and activations; norms' statistics, softmax and logits are float32 in any case.
         rope: how angles are computed: `exact`, `float32`, `bfloat16` or `table:N` (see `nn.Rope`).
+        mesh: devices to split it over (`core.make_mesh`); None is one device.
 
     Raises:
         InputError: see `read_target_config`; weights missing, truncated, of a dtype that is not a plain float, or not
-            what the config calls for (all named at once).
+            what the config calls for (all named at once); a mesh with an expert axis for a target without experts.
     """
     config = read_target_config(folder, rope=rope)
-    weights = _read_weights(folder, config, jnp.dtype(dtype))
-    return assemble(config, weights.pop)
+    check_mesh(config, mesh_shape(mesh))
+    stored, shapes, axes = checked_tensors(folder, config), tensor_shapes(config), tensor_axes(config)
+
+    def take(name: str) -> jax.Array:
+        parts = [stored[part] for part in stored_names(config, name)]
+        fill = partial(read_slice, parts[0]) if len(parts) == 1 else partial(*parts)
+        return make_array(shapes[name], jnp.dtype(dtype), weight_sharding(config, axes[name], mesh), fill)
+
+    return assemble(config, take, mesh=mesh)
 
 
 def fingerprint(folder: Path) -> dict[str, str]:
@@ -102,28 +110,3 @@ def fingerprint(folder: Path) -> dict[str, str]:
     values = asdict(config)
     told = {field.name: values[field.name] for field in fields(config) if values[field.name] != field.default}
     return {"target_weights": sha256_json(hashes), "target_config": sha256_json(told)}
-
-
-def describe_target(folder: Path) -> dict[str, Any]:
-    """Return what a target is, for people and scripts, from its config and headers alone (no weights are read).
-
-    Keys: architecture, the config's sizes, `num_parameters`, `weight_bytes`, `default_capture_layers` by count,
-    `kv_bytes_per_token` (float32), `rope` in words.
-
-    Raises:
-        InputError: see `load_target`.
-    """
-    config = read_target_config(folder)
-    shapes = tensor_shapes(config)
-    counts = [count for count in (1, 3, 4, 5, 6) if count <= config.num_layers - 3]
-    files = _checked_files(folder, config)
-    return {
-        **asdict(config),
-        "num_parameters": sum(int(np.prod(shape)) for shape in shapes.values()),
-        "weight_bytes": sum(file.stat().st_size for file in files),
-        "kv_bytes_per_token": 2 * config.num_layers * config.num_kv_heads * config.head_dim * 4,
-        "default_capture_layers": {
-            str(count): list(default_capture_layers(config.num_layers, count)) for count in counts
-        },
-        "rope": config.rope.describe(),
-    }

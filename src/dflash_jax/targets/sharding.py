@@ -1,0 +1,127 @@
+"""How a target lies on a mesh: its tensors, its activations, and the two computations written by hand for it.
+
+Which axis is split over what is decided by `core.LOGICAL_AXES` alone. Without a mesh everything here is the identity.
+"""
+
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Float, Int32
+
+from dflash_jax.core import InputError, MeshShape, mesh_shape, replicated_axes, split_axes
+from dflash_jax.nn import best_tokens
+from dflash_jax.targets.config import TargetConfig
+
+
+def axis_units(config: TargetConfig) -> dict[str, int]:
+    """Return how many indivisible parts each logical axis of the weights has: heads, not channels; pairs of gate_up."""
+    units = {
+        "vocab": config.vocab_size,
+        "heads": config.num_heads,
+        "kv_heads": config.num_kv_heads,
+        "mlp": config.intermediate_size,
+    }
+    if config.attention_sinks:
+        units["sinks"] = config.num_heads
+    if config.num_experts:
+        units |= {"gate_up": config.intermediate_size, "experts": config.num_experts}
+    return units
+
+
+def weight_split(config: TargetConfig, axes: tuple[str, ...], shape: MeshShape) -> tuple[tuple[str, ...] | None, ...]:
+    """Return the mesh axes that split each dimension of a tensor with these logical axes."""
+    units = axis_units(config)
+    return split_axes(axes, [units.get(axis, 1) for axis in axes], shape)
+
+
+def weight_sharding(config: TargetConfig, axes: tuple[str, ...], mesh: Mesh | None) -> NamedSharding | None:
+    """Return where the shards of a tensor with these logical axes go; None without a mesh."""
+    if mesh is None:
+        return None
+    return NamedSharding(mesh, PartitionSpec(*weight_split(config, axes, mesh_shape(mesh))))
+
+
+def check_mesh(config: TargetConfig, shape: MeshShape) -> None:
+    """Refuse a mesh whose devices would sit idle.
+
+    Raises:
+        InputError: there is an expert axis and the target has no experts.
+    """
+    if shape.expert > 1 and not config.num_experts:
+        raise InputError(f"--mesh {shape}: the target has no experts to split, give those devices to data or model")
+
+
+def whole_axes(config: TargetConfig, shape: MeshShape) -> list[str]:
+    """Return a line for every axis of the weights that the mesh would split and cannot, because it does not divide."""
+    return replicated_axes(axis_units(config), shape)
+
+
+def constrain(x: Array, axes: tuple[str | None, ...], mesh: Mesh | None) -> Array:
+    """Return `x`, pinned to the table's sharding inside a jitted function; units are the array's own sizes.
+
+    Args:
+        x: an activation.
+        axes: a logical axis per dimension; None is never split.
+        mesh: the target's mesh; None pins nothing.
+    """
+    if mesh is None:
+        return x
+    split = split_axes(axes, x.shape, mesh_shape(mesh))
+    return lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec(*split)))
+
+
+def put_batch(mesh: Mesh | None, arrays: Mapping[str, Array]) -> dict[str, jax.Array]:
+    """Return arrays whose first axis is the batch on the mesh's devices; every process gives the whole batch.
+
+    Args:
+        mesh: the target's mesh; None is the default device.
+        arrays: host arrays by name.
+    """
+    if mesh is None:
+        return {name: jnp.asarray(array) for name, array in arrays.items()}
+    placed = {}
+    for name, array in arrays.items():
+        split = split_axes(("batch", *[None] * (array.ndim - 1)), array.shape, mesh_shape(mesh))
+        sharding = NamedSharding(mesh, PartitionSpec(*split))
+        placed[name] = jax.make_array_from_callback(array.shape, sharding, lambda index, array=array: array[index])
+    return placed
+
+
+def greedy_tokens_split(
+    hidden: Float[Array, "batch query hidden"], head: Float[Array, "vocab hidden"], mesh: Mesh
+) -> Int32[Array, "batch query"]:
+    """Return `nn.greedy_tokens` where the head is split over the vocabulary: no device sees another's part of it.
+
+    Each device takes the best token of its own rows of the head; scores and tokens, two numbers a row, are then
+    compared. Parts are in the order of the vocabulary and the first of equal scores wins: the lowest id, as on one
+    device.
+    """
+    vocab_split, _ = split_axes(("vocab", None), head.shape, mesh_shape(mesh))
+    batch_split = split_axes(("batch", None, None), hidden.shape, mesh_shape(mesh))
+    (over,) = vocab_split or ("model",)
+    part_size = head.shape[0] // (mesh.shape[over] if vocab_split else 1)
+
+    def local(
+        hidden: Float[Array, "batch query hidden"], head: Float[Array, "vocab hidden"]
+    ) -> Int32[Array, "batch query"]:
+        scores, tokens = best_tokens(hidden, head)
+        if vocab_split is None:
+            return tokens
+        tokens += lax.axis_index(over).astype(jnp.int32) * jnp.int32(part_size)
+        all_scores, all_tokens = lax.all_gather(scores, over), lax.all_gather(tokens, over)
+        first_best = jnp.argmax(all_scores, axis=0)[None]
+        return jnp.take_along_axis(all_tokens, first_best, axis=0)[0]
+
+    rows = PartitionSpec(*batch_split)
+    split_call = jax.shard_map(
+        local,
+        mesh=mesh,
+        in_specs=(rows, PartitionSpec(vocab_split, None)),
+        out_specs=PartitionSpec(*batch_split[:2]),
+        # every device along the model axis ends with the same token, which the checker cannot see through the argmax
+        check_vma=False,
+    )
+    return split_call(hidden, head)
