@@ -127,16 +127,21 @@ def pack(pieces: list[tuple[str, str]], tokenizer: Tokenizer, *, room: int) -> l
     def asked(question: str) -> dict[str, str]:
         return {"role": "user", "content": question}
 
+    def longer(index: int) -> list[dict[str, str]]:
+        question, answer = pieces[index]
+        return [*turns, asked(question), {"role": "assistant", "content": answer}]
+
     turns: list[dict[str, str]] = []
-    while pieces:
-        question, answer = pieces[0]
-        longer = [*turns, asked(question), {"role": "assistant", "content": answer}]
-        if tokens([*longer, asked("?")]) + room // 8 > room:
+    reserve = room // 10  # for the last question
+    while True:
+        tried = range(min(50, len(pieces)))
+        index = next((i for i in tried if tokens([*longer(i), asked("?")]) + reserve <= room), None)
+        if index is None:
             break
-        turns = longer
-        pieces.pop(0)
+        turns = longer(index)
+        pieces.pop(index)
     # the question that fills the rest best
-    sizes = [(tokens([*turns, asked(question)]), index) for index, (question, _) in enumerate(pieces[:200])]
+    sizes = [(tokens([*turns, asked(question)]), index) for index, (question, _) in enumerate(pieces)]
     _, index = max((pair for pair in sizes if pair[0] <= room), default=(0, -1))
     if index < 0:
         raise InputError(f"no prompt fits into the last {room} tokens of a context: raise --context")
