@@ -1,4 +1,5 @@
 import functools
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -58,6 +59,16 @@ def test_ends_of_the_text_and_of_the_budget():
         block_size=4,
     )
     assert short.lengths.tolist() == [4, 3, 2]
+
+
+def test_an_anchor_needs_features_of_all_tokens_before_it():
+    # the docstring's example; and labels do not need features: those of anchor 3 reach to the end of the text
+    sequence = stored([1, 2, 3, 4, 5, 6], [2, 3, 4, 5, 6, 7], prompt_len=2, limit=9)
+    partial = replace(sequence, features_len=jnp.int32(3))
+    assert np.flatnonzero(eligible_anchors(partial)).tolist() == [2, 3]
+    assert np.flatnonzero(eligible_anchors(replace(sequence, features_len=jnp.int32(6)))).tolist() == [2, 3, 4]
+    assert np.flatnonzero(eligible_anchors(sequence)).tolist() == [2, 3, 4]
+    assert block_labels(partial, jnp.array([3], jnp.int32), block_size=4).labelled.tolist() == [[True, True, False]]
 
 
 @settings(max_examples=60, deadline=None)

@@ -52,6 +52,7 @@ class HostBatch:
         token_ids: the text.
         next_ids: the target's greedy token after each token.
         length: tokens that are real.
+        features_len: tokens whose features are known.
         prompt_len: tokens of the prompt.
         limit: most tokens decoding would have allowed, prompt included.
         position_offset: absolute position of token 0.
@@ -62,6 +63,7 @@ class HostBatch:
     token_ids: Int32[np.ndarray, "batch seq"]
     next_ids: Int32[np.ndarray, "batch seq"]
     length: Int32[np.ndarray, " batch"]
+    features_len: Int32[np.ndarray, " batch"]
     prompt_len: Int32[np.ndarray, " batch"]
     limit: Int32[np.ndarray, " batch"]
     position_offset: Int32[np.ndarray, " batch"]
@@ -131,6 +133,7 @@ def stack_on_host(sequences: SequenceOf[Sequence], *, width: int, max_new_tokens
         token_ids=token_ids,
         next_ids=next_ids,
         length=np.array([len(sequence.token_ids) for sequence in sequences], np.int32),
+        features_len=np.array([sequence.features_len for sequence in sequences], np.int32),
         prompt_len=prompt_len,
         limit=limit.astype(np.int32),
         position_offset=np.array([sequence.position_offset for sequence in sequences], np.int32),
@@ -153,6 +156,7 @@ def stack_sequences(sequences: SequenceOf[Sequence], *, width: int, max_new_toke
         token_ids=jax.device_put(host.token_ids),
         next_ids=jax.device_put(host.next_ids),
         length=jax.device_put(host.length),
+        features_len=jax.device_put(host.features_len),
         prompt_len=jax.device_put(host.prompt_len),
         limit=jax.device_put(host.limit),
         position_offset=jax.device_put(host.position_offset),

@@ -35,6 +35,8 @@ class Sequence:
         sequence_index: row of the responses file, 0-based; equal at every offset of the same text.
         prompt_set: name of the set its prompt is from, as the responses have it; "unknown" where they, or a cache of
             format_version 1, do not say.
+        features_len: tokens whose features are known, the first ones; all but in some imported caches. The rest are
+            zeros that no drafter may read: see `last_anchor`.
     """
 
     stored_features: Shaped[np.ndarray, "seq features"]
@@ -47,6 +49,12 @@ class Sequence:
     prompt_hash: int
     sequence_index: int
     prompt_set: str
+    features_len: int
+
+    @property
+    def last_anchor(self) -> int:
+        """Largest index that may be an anchor: a token comes after it, and every token before it has features."""
+        return min(len(self.token_ids) - 2, self.features_len)
 
     @property
     def features(self) -> Float[np.ndarray, "seq features"]:
@@ -131,10 +139,11 @@ class Cache:
             tensor = tensors[name]
             return np.concatenate([tensor[prefix], tensor[own]]) if prefix.stop else tensor[own]
 
+        token_ids = rows("token_ids")
         return Sequence(
             stored_features=rows("features"),
             feature_scales=rows("feature_scales") if "feature_scales" in tensors else None,
-            token_ids=rows("token_ids"),
+            token_ids=token_ids,
             next_ids=rows("next_ids"),
             loss_mask=rows("loss_mask"),
             position_offset=int(tensors["position_offset"][i]),
@@ -142,6 +151,7 @@ class Cache:
             prompt_hash=int(tensors["prompt_hash"][i]),
             sequence_index=int(tensors["sequence_index"][i]),
             prompt_set=self._prompt_set(tensors, i),
+            features_len=int(tensors["features_len"][i] if "features_len" in tensors else len(token_ids)),
         )
 
     def _prompt_set(self, tensors: dict[str, np.ndarray], i: int) -> str:

@@ -33,7 +33,9 @@ _PER_TOKEN = ("features", "feature_scales", "token_ids", "next_ids", "loss_mask"
 _WRITE_BYTES = 1 << 24  # a piece of a tensor: hashed while it is in the processor's cache, then written
 
 
-def tensor_layout(*, version: int, tokens: int, sequences: int, features: FeatureLayout) -> Layout:
+def tensor_layout(
+    *, version: int, tokens: int, sequences: int, features: FeatureLayout, partial: bool = False
+) -> Layout:
     """Return safetensors' dtype name and shape of every tensor of a shard.
 
     Args:
@@ -41,6 +43,7 @@ def tensor_layout(*, version: int, tokens: int, sequences: int, features: Featur
         tokens: tokens stored, of all its sequences.
         sequences: sequences stored.
         features: how features are stored.
+        partial: whether some tokens at the ends of sequences have no features, as an imported cache may have it.
     """
     layout: Layout = {
         "features": (features.safetensors_dtype, (tokens, features.columns)),
@@ -58,6 +61,8 @@ def tensor_layout(*, version: int, tokens: int, sequences: int, features: Featur
     if features.quantised:
         layout["feature_scales"] = ("BF16", (tokens, features.scales))
     per_sequence = {"prefix_start": "I64", "prefix_len": "I32", "prompt_set": "U16"}
+    if partial:
+        per_sequence["features_len"] = "I32"
     return layout | {name: (kind, (sequences,)) for name, kind in per_sequence.items()}
 
 
@@ -171,6 +176,7 @@ def layout_problems(
         tokens=entry["tokens"],
         sequences=entry["sequences"],
         features=feature_layout(manifest),
+        partial="features_len" in tensors,
     )
     problems = [f"{path}: {name} is missing" for name in layout if name not in tensors]
     problems += [f"{path}: unexpected tensor {name}" for name in sorted(tensors) if name not in layout]
@@ -202,6 +208,9 @@ def _bounds_problem(tensors: dict[str, np.ndarray], entry: dict[str, Any], manif
             return f"a prompt_set is not one of the manifest's {len(manifest['prompt_sets'])}"
     if ((prompt_len < 1) | (prompt_len >= own + shared)).any():
         return "a prompt_len is not between 1 and its sequence's length"
+    known = tensors.get("features_len", own + shared)
+    if ((known < prompt_len) | (known > own + shared)).any():
+        return "a features_len is not between its sequence's prompt_len and length"
     if (own + shared).max() > manifest["max_length"]:
         return f"a sequence is longer than the manifest's max_length {manifest['max_length']}"
     return None

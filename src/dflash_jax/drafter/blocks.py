@@ -4,7 +4,8 @@
     token      prompt    | response
     anchors                x ... x .        eligible: P <= a <= S-2
 
-The last token is no anchor: its slot 1 would have no label.
+The last token is no anchor: its slot 1 would have no label. Where features are known of the first F tokens only (some
+imported caches), an anchor's context must be among them: a <= F.
 """
 
 import equinox as eqx
@@ -23,6 +24,7 @@ class StoredSequence(eqx.Module):
         prompt_len: tokens of the prompt.
         limit: most tokens decoding would have allowed, prompt included; blocks are shortened there.
         position_offset: absolute position of token 0.
+        features_len: tokens whose features are known; None where all are.
     """
 
     features: Float[Array, "*batch seq features"]
@@ -32,6 +34,7 @@ class StoredSequence(eqx.Module):
     prompt_len: Int32[Array, "*batch"]
     limit: Int32[Array, "*batch"]
     position_offset: Int32[Array, "*batch"]
+    features_len: Int32[Array, "*batch"] | None = None
 
 
 class BlockLabels(eqx.Module):
@@ -49,9 +52,13 @@ class BlockLabels(eqx.Module):
 
 
 def eligible_anchors(sequence: StoredSequence) -> Bool[Array, " seq"]:
-    """Return which indices may be anchors: response tokens with at least one token after them."""
+    """Return which indices may be anchors: response tokens with a token after them and features of all before them.
+
+    Worked, prompt_len 2, length 6, features_len 3: indices 2 and 3; with features of all six, 2 to 4.
+    """
     index = jnp.arange(sequence.token_ids.shape[0], dtype=jnp.int32)
-    return (index >= sequence.prompt_len) & (index + 1 < sequence.length)
+    eligible = (index >= sequence.prompt_len) & (index + 1 < sequence.length)
+    return eligible if sequence.features_len is None else eligible & (index <= sequence.features_len)
 
 
 def block_labels(sequence: StoredSequence, anchors: Int32[Array, " anchor"], *, block_size: int) -> BlockLabels:
