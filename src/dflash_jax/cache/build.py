@@ -264,7 +264,7 @@ def _fill(
         token = first_not_finite(tensors["features"][first:end])
         if token is not None:
             raise InputError(
-                f"the target gives NaN or infinite features for {responses.ids[row]!r} of {responses.path} "
+                f"the target gives NaN or infinite features for {responses.name(int(row))!r} of {responses.path} "
                 f"(token {token}, position_offset {step.position_offset}): check its weights, or drop that row"
             )
         first = end

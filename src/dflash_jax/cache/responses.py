@@ -1,14 +1,16 @@
-"""Responses read for a build: flat arrays of tokens, every row checked before anything is written."""
+"""Responses read for a build: every row checked before anything is written, its tokens read when they are needed."""
 
 import hashlib
-from dataclasses import dataclass
+import json
+from array import array
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from jaxtyping import Int32, Int64, UInt16, UInt64
 
-from dflash_jax.core import InputError, read_json, read_jsonl, sha256_file
+from dflash_jax.core import InputError, read_json
 
 _WHAT = "the responses file"
 UNKNOWN_SET = "unknown"
@@ -20,12 +22,14 @@ MAX_PROMPT_SETS = 2**16  # their indices are uint16 in a shard
 class Responses:
     """Prompts with their responses, one sequence per row of the file.
 
+    The tokens stay in the file, of which every row was checked: what is kept of a row is 34 bytes, so that a build's
+    memory does not grow with the number of sequences.
+
     Attributes:
         path: the file.
         sha256: of the file's bytes.
-        ids: name of each row.
-        token_ids: prompt and response of row i at `starts[i]` to `starts[i + 1]`.
-        starts: first token of each row, and the end.
+        line_starts: first byte of each row's line.
+        lengths: tokens per row, prompt and response.
         prompt_len: prompt tokens per row.
         prompt_hash: first 8 bytes, little endian, of SHA-256 over the prompt's ids as little-endian int32.
         prompt_sets: names of the prompt sets, sorted.
@@ -35,23 +39,42 @@ class Responses:
 
     path: Path
     sha256: str
-    ids: tuple[str, ...]
-    token_ids: Int32[np.ndarray, " tokens"]
-    starts: Int64[np.ndarray, " rows_and_end"]
+    line_starts: Int64[np.ndarray, " rows"]
+    lengths: Int64[np.ndarray, " rows"]
     prompt_len: Int32[np.ndarray, " rows"]
     prompt_hash: UInt64[np.ndarray, " rows"]
     prompt_sets: tuple[str, ...]
     prompt_set: UInt16[np.ndarray, " rows"]
     max_new_tokens: int | None
 
-    @property
-    def lengths(self) -> Int64[np.ndarray, " rows"]:
-        """Tokens per row, prompt and response."""
-        return np.diff(self.starts)
+    def __len__(self) -> int:
+        """Return the number of rows."""
+        return len(self.lengths)
+
+    def _row(self, row: int) -> dict[str, Any]:
+        with self.path.open("rb") as file:
+            file.seek(int(self.line_starts[row]))
+            return json.loads(file.readline())
+
+    def name(self, row: int) -> str:
+        """Return the `id` of a row."""
+        return self._row(row)["id"]
 
     def tokens(self, row: int) -> Int32[np.ndarray, " seq"]:
-        """Token ids of a row, a view."""
-        return self.token_ids[self.starts[row] : self.starts[row + 1]]
+        """Return the token ids of a row, read from the file: prompt, then response.
+
+        Raises:
+            InputError: the file is not the one that was checked.
+        """
+        try:
+            content = self._row(row)
+            ids = np.asarray([*content["prompt_ids"], *content["response_ids"]], np.int32)
+            same = len(ids) == self.lengths[row] and hash_prompt(ids[: self.prompt_len[row]]) == self.prompt_hash[row]
+        except (OSError, ValueError, KeyError, TypeError):
+            same, ids = False, np.zeros(0, np.int32)
+        if not same:
+            raise InputError(f"{_WHAT} {self.path} was changed while it was in use: run the command again")
+        return ids
 
 
 def hash_prompt(prompt_ids: Int32[np.ndarray, " prompt"]) -> int:
@@ -83,8 +106,46 @@ def _budget(path: Path) -> int | None:
     return budget if isinstance(budget, int) else None
 
 
+@dataclass(kw_only=True, slots=True)
+class _Columns:
+    """What is kept of the rows, one after the other, in packed arrays."""
+
+    line_starts: array[int] = field(default_factory=lambda: array("q"))
+    lengths: array[int] = field(default_factory=lambda: array("q"))
+    prompt_len: array[int] = field(default_factory=lambda: array("i"))
+    prompt_hash: array[int] = field(default_factory=lambda: array("Q"))
+    prompt_set: array[int] = field(default_factory=lambda: array("i"))
+    set_index: dict[str, int] = field(default_factory=dict)
+
+    def add(self, start: int, row: dict[str, Any], prompt: Int32[np.ndarray, " prompt"], length: int) -> None:
+        name = row.get("set", UNKNOWN_SET)
+        self.line_starts.append(start)
+        self.lengths.append(length)
+        self.prompt_len.append(len(prompt))
+        self.prompt_hash.append(hash_prompt(prompt))
+        self.prompt_set.append(self.set_index.setdefault(name, len(self.set_index)))
+
+
+def _checked_row(line: bytes, *, vocab_size: int, max_length: int) -> tuple[dict[str, Any], np.ndarray, int]:
+    """A row, its prompt and its length, or a ValueError that says what is wrong with it."""
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"not JSON: {error.msg} at column {error.colno}") from error
+    if not isinstance(row, dict):
+        raise ValueError(f"a JSON {type(row).__name__}, an object is needed")
+    if not isinstance(row.get("id"), str):
+        raise ValueError("id is missing or not a string")
+    if not isinstance(row.get("set", UNKNOWN_SET), str):
+        raise ValueError("set is not a string")
+    prompt, response = (_ids(row, key, vocab_size) for key in ("prompt_ids", "response_ids"))
+    if len(prompt) + len(response) > max_length:
+        raise ValueError(f"{len(prompt)} + {len(response)} tokens are more than the target's context of {max_length}")
+    return row, prompt, len(prompt) + len(response)
+
+
 def read_responses(path: Path, *, vocab_size: int, max_length: int) -> Responses:
-    """Return the rows of a responses file.
+    """Check every row of a responses file and return where the rows are.
 
     Args:
         path: JSONL with `id`, `prompt_ids`, `response_ids`, and mostly `set`.
@@ -93,42 +154,36 @@ def read_responses(path: Path, *, vocab_size: int, max_length: int) -> Responses
 
     Raises:
         InputError: the file is missing or empty; a line is not JSON, lacks a key, has no prompt or no response tokens,
-            a token outside the vocabulary, or is longer than the context. The message gives the line's number.
+            a token outside the vocabulary, or is longer than the context; more than 65536 sets. The message gives the
+            line's number.
     """
-    rows = read_jsonl(path, what=_WHAT)
-    with path.open(encoding="utf-8") as file:
-        numbers = [number for number, line in enumerate(file, start=1) if line.strip()]
-    tokens, prompt_len = [], []
-    for number, row in zip(numbers, rows, strict=True):
-        try:
-            if not isinstance(row.get("id"), str):
-                raise ValueError("id is missing or not a string")
-            if not isinstance(row.get("set", UNKNOWN_SET), str):
-                raise ValueError("set is not a string")
-            prompt, response = (_ids(row, key, vocab_size) for key in ("prompt_ids", "response_ids"))
-            if len(prompt) + len(response) > max_length:
-                raise ValueError(
-                    f"{len(prompt)} + {len(response)} tokens are more than the target's context of {max_length}"
-                )
-        except ValueError as error:
-            raise InputError(f"{_WHAT}: {path} line {number}: {error}: fix or drop that row") from error
-        tokens.append(np.concatenate([prompt, response]))
-        prompt_len.append(len(prompt))
-    sets = [row.get("set", UNKNOWN_SET) for row in rows]
-    prompt_sets = tuple(sorted(set(sets)))
+    if not path.is_file():
+        raise InputError(f"{_WHAT} is missing: {path}")
+    digest, columns, start = hashlib.sha256(), _Columns(), 0
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            digest.update(line)
+            try:
+                if line.strip():
+                    columns.add(start, *_checked_row(line, vocab_size=vocab_size, max_length=max_length))
+            except ValueError as error:  # a UnicodeDecodeError too
+                raise InputError(f"{_WHAT}: {path} line {number}: {error}: fix or drop that row") from error
+            start += len(line)
+    if not columns.lengths:
+        raise InputError(f"{_WHAT} holds no rows: {path}")
+    prompt_sets = tuple(sorted(columns.set_index))
     if len(prompt_sets) > MAX_PROMPT_SETS:
         raise InputError(f"{_WHAT}: {path} names {len(prompt_sets)} sets, {MAX_PROMPT_SETS} are the most: join some")
-    set_index = {name: index for index, name in enumerate(prompt_sets)}
-    hashes = [hash_prompt(ids[:length]) for ids, length in zip(tokens, prompt_len, strict=True)]
+    order = {name: index for index, name in enumerate(prompt_sets)}
+    place = np.asarray([order[name] for name in columns.set_index], np.uint16)
     return Responses(
         path=path,
-        sha256=sha256_file(path),
-        ids=tuple(row["id"] for row in rows),
-        token_ids=np.concatenate(tokens),
-        starts=np.cumsum([0] + [len(ids) for ids in tokens], dtype=np.int64),
-        prompt_len=np.asarray(prompt_len, np.int32),
-        prompt_hash=np.asarray(hashes, np.uint64),
+        sha256=digest.hexdigest(),
+        line_starts=np.asarray(columns.line_starts, np.int64),
+        lengths=np.asarray(columns.lengths, np.int64),
+        prompt_len=np.asarray(columns.prompt_len, np.int32),
+        prompt_hash=np.asarray(columns.prompt_hash, np.uint64),
         prompt_sets=prompt_sets,
-        prompt_set=np.asarray([set_index[name] for name in sets], np.uint16),
+        prompt_set=place[np.asarray(columns.prompt_set)],
         max_new_tokens=_budget(path),
     )
