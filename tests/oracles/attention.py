@@ -5,27 +5,39 @@ from collections.abc import Sequence
 import numpy as np
 
 
-def attend(query: np.ndarray, keys: Sequence[np.ndarray], values: Sequence[np.ndarray]) -> np.ndarray:
-    """One query over the keys it sees; zeros when it sees none."""
+def attend(
+    query: np.ndarray, keys: Sequence[np.ndarray], values: Sequence[np.ndarray], sink: float | None = None
+) -> np.ndarray:
+    """One query over the keys it sees, and a sink that takes its share of the weight; zeros when it sees none."""
     if not keys:
         return np.zeros(len(query))
-    scores = np.array([np.dot(query, key) for key in keys]) / np.sqrt(len(query))
-    weights = np.exp(scores - scores.max())
-    return sum((w * value for w, value in zip(weights / weights.sum(), values, strict=True)), np.zeros(len(query)))
+    scores = [np.dot(query, key) / np.sqrt(len(query)) for key in keys] + ([] if sink is None else [sink])
+    weights = np.exp(np.array(scores) - max(scores))
+    shares = weights[: len(keys)] / weights.sum()
+    return sum((w * value for w, value in zip(shares, values, strict=True)), np.zeros(len(query)))
 
 
-def causal_attention(q: np.ndarray, k: np.ndarray, v: np.ndarray, visible: np.ndarray) -> np.ndarray:
-    """Attention over a cache.
+def causal_attention(
+    q: np.ndarray,
+    k: np.ndarray,
+    v: np.ndarray,
+    starts: Sequence[int],
+    window: int | None = None,
+    sinks: np.ndarray | None = None,
+) -> np.ndarray:
+    """Attention over a cache: query i of a sequence lies at row starts + i and sees what is not after and not too old.
 
-    Shapes: q [batch, query, heads, d], k and v [batch, kv_heads, capacity, d], visible [batch, query, capacity].
+    Shapes: q [batch, query, heads, d], k and v [batch, kv_heads, capacity, d], starts [batch], sinks [heads].
     """
     q, k, v = (np.asarray(part, np.float64) for part in (q, k, v))
     heads_per_kv = q.shape[2] // k.shape[1]
     out = np.zeros(q.shape)
     for b, i, h in np.ndindex(q.shape[:3]):
-        rows = [row for row in range(k.shape[2]) if visible[b, i, row]]
+        last = starts[b] + i
+        rows = [row for row in range(last + 1) if window is None or last - row < window]
         shared = h // heads_per_kv
-        out[b, i, h] = attend(q[b, i, h], [k[b, shared, r] for r in rows], [v[b, shared, r] for r in rows])
+        sink = None if sinks is None else float(sinks[h])
+        out[b, i, h] = attend(q[b, i, h], [k[b, shared, r] for r in rows], [v[b, shared, r] for r in rows], sink)
     return out
 
 

@@ -1,4 +1,4 @@
-"""What targets and drafters are made of: RMSNorm, RoPE, attention, MLP, the vocabulary head.
+"""What targets and drafters are made of: RMSNorm, RoPE, attention, MLP, experts, the vocabulary head.
 
 It promises: positions are exact up to 2^31; softmax, norms and losses are float32; nothing of size rows x vocabulary is
 made. It imports `core` and, of libraries, only jax, equinox, numpy and jaxtyping.
@@ -7,20 +7,24 @@ made. It imports `core` and, of libraries, only jax, equinox, numpy and jaxtypin
 from dflash_jax.nn.attention import block_attention, causal_attention, write_rows
 from dflash_jax.nn.head import LinearCrossEntropy, best_tokens, greedy_tokens, linear_cross_entropy
 from dflash_jax.nn.mlp import Linear, SwiGLU
+from dflash_jax.nn.moe import Experts, MoE, apply_experts
 from dflash_jax.nn.norm import RMSNorm
 from dflash_jax.nn.rope import MAX_POSITION, Rope, apply_rope, check_rope_precision, rope_cos_sin
 from dflash_jax.nn.rope_scaling import Llama3Scaling, RopeScaling, YarnScaling, read_rope, scaling_to_json
 
 __all__ = [
     "MAX_POSITION",
+    "Experts",
     "Linear",
     "LinearCrossEntropy",
     "Llama3Scaling",
+    "MoE",
     "RMSNorm",
     "Rope",
     "RopeScaling",
     "SwiGLU",
     "YarnScaling",
+    "apply_experts",
     "apply_rope",
     "best_tokens",
     "block_attention",

@@ -1,6 +1,6 @@
 """Grouped-query attention: of a target over its KV cache, and of drafted blocks over a shared context.
 
-Scores and softmax are float32. A query that may see nothing gets zeros, never NaN.
+Both are one softmax. Scores and softmax are float32. A query that may see nothing gets zeros, never NaN.
 """
 
 import jax
@@ -13,52 +13,108 @@ _MASKED = -1e30  # finite, so that an all-masked row gives zeros through its zer
 
 
 def _softmax_parts(
-    scores: list[Float[Array, "..."]], masks: list[Bool[Array, "..."]]
+    scores: list[Float[Array, "..."]], masks: list[Bool[Array, "..."]], sinks: Float[Array, "..."] | None = None
 ) -> tuple[list[Float[Array, "..."]], Float[Array, "..."]]:
-    """Unnormalised weights of each part and their common sum, for one softmax over keys that lie in several arrays."""
+    """Unnormalised weights of each part and their common sum, for one softmax over keys that lie in several arrays.
+
+    `sinks` are logits that take their share of the sum and give no value.
+    """
     scores = [jnp.where(mask, score, _MASKED) for score, mask in zip(scores, masks, strict=True)]
-    top = lax.stop_gradient(jnp.stack([score.max(axis=-1) for score in scores]).max(axis=0))[..., None]
+    tops = [score.max(axis=-1) for score in scores]
+    if sinks is not None:
+        tops.append(jnp.broadcast_to(sinks, tops[0].shape))
+    top = lax.stop_gradient(jnp.stack(tops).max(axis=0))[..., None]
     weights = [jnp.where(mask, jnp.exp(score - top), 0.0) for score, mask in zip(scores, masks, strict=True)]
     total = sum((weight.sum(axis=-1, keepdims=True) for weight in weights), start=jnp.zeros_like(top))
+    if sinks is not None:
+        total += jnp.exp(sinks[..., None] - top)
     return weights, jnp.where(total == 0, 1.0, total)
+
+
+def _rows_in_reach(
+    buffer: Float[Array, "batch kv_heads capacity head_dim"], first: Int32[Array, " batch"], size: int
+) -> Float[Array, "batch kv_heads size head_dim"]:
+    """`size` rows of every sequence from its own first row on."""
+    take = jax.vmap(lambda one, row: lax.dynamic_slice_in_dim(one, row, size, axis=1))
+    return take(buffer, first)
+
+
+def _attend_chunk(
+    q: Float[Array, "batch query heads head_dim"],
+    k: Float[Array, "batch kv_heads capacity head_dim"],
+    v: Float[Array, "batch kv_heads capacity head_dim"],
+    starts: Int32[Array, " batch"],
+    *,
+    window: int | None,
+    sinks: Float[Array, " heads"] | None,
+) -> Float[Array, "batch query heads head_dim"]:
+    """`causal_attention` of a few queries."""
+    batch, query, heads, head_dim = q.shape
+    kv_heads, capacity = k.shape[1:3]
+    group = heads // kv_heads
+    key_rows = jnp.arange(capacity, dtype=jnp.int32)[None]
+    if window is not None and capacity > (reach := window + query - 1):
+        # no query of the chunk sees more than these rows: the scores of a long cache are never made
+        first = jnp.clip(starts - (window - 1), 0, capacity - reach)
+        k, v = (_rows_in_reach(part, first, reach) for part in (k, v))
+        key_rows = first[:, None] + jnp.arange(reach, dtype=jnp.int32)[None]
+    rows = starts[:, None] + jnp.arange(query, dtype=jnp.int32)[None]
+    visible = key_rows[:, None] <= rows[:, :, None]
+    if window is not None:
+        visible &= key_rows[:, None] > rows[:, :, None] - window
+    grouped = q.reshape(batch, query, kv_heads, group, head_dim).transpose(0, 2, 3, 1, 4)
+    scores = jnp.einsum("bkgqd,bktd->bkgqt", grouped, k, preferred_element_type=jnp.float32) * head_dim**-0.5
+    if sinks is not None:
+        sinks = sinks.astype(jnp.float32).reshape(1, kv_heads, group, 1)
+    (weights,), total = _softmax_parts([scores], [visible[:, None, None]], sinks)
+    out = jnp.einsum("bkgqt,bktd->bkgqd", weights.astype(v.dtype), v, preferred_element_type=jnp.float32) / total
+    return out.transpose(0, 3, 1, 2, 4).reshape(q.shape).astype(q.dtype)
 
 
 def causal_attention(
     q: Float[Array, "batch query heads head_dim"],
     k: Float[Array, "batch kv_heads capacity head_dim"],
     v: Float[Array, "batch kv_heads capacity head_dim"],
-    visible: Bool[Array, "batch query capacity"],
+    starts: Int32[Array, " batch"],
+    *,
+    window: int | None = None,
+    sinks: Float[Array, " heads"] | None = None,
 ) -> Float[Array, "batch query heads head_dim"]:
     """Attention of new tokens over a KV cache that already holds them, in chunks of queries.
 
+    Query i lies at cache row `starts + i` and sees the rows up to its own, with a window only the last `window` of
+    them. For a start of 2, three queries, capacity 6 (`x` seen), without a window and with one of 2:
+
+        query 0   x x x . . .     . x x . . .
+        query 1   x x x x . .     . . x x . .
+        query 2   x x x x x .     . . . x x .
+
     Args:
         q: queries, after RoPE.
-        k: keys by cache row, after RoPE; rows that are not visible may hold anything finite.
+        k: keys by cache row, after RoPE; rows that are not seen may hold anything finite.
         v: values by cache row.
-        visible: which cache rows each query sees.
+        starts: cache row of each sequence's first query.
+        window: rows a query sees, its own included; None: all up to its own. Scores beyond it are not computed.
+        sinks: a logit per head that joins the softmax and gives no value; None: no sink.
+
+    **Source:** sinks: huggingface/transformers `models/gpt_oss/modeling_gpt_oss.py`, `eager_attention_forward` (a
+    softmax over scores and sink, the sink's share dropped).
     """
     batch, query, heads, head_dim = q.shape
-    kv_heads = k.shape[1]
-    group = heads // kv_heads
 
     def chunk(
-        q_chunk: Float[Array, "batch chunk heads head_dim"], visible_chunk: Bool[Array, "batch chunk capacity"]
+        q_chunk: Float[Array, "batch chunk heads head_dim"], first: Int32[Array, ""]
     ) -> Float[Array, "batch chunk heads head_dim"]:
-        grouped = q_chunk.reshape(batch, -1, kv_heads, group, head_dim).transpose(0, 2, 3, 1, 4)
-        scores = jnp.einsum("bkgqd,bktd->bkgqt", grouped, k, preferred_element_type=jnp.float32) * head_dim**-0.5
-        (weights,), total = _softmax_parts([scores], [visible_chunk[:, None, None]])
-        out = jnp.einsum("bkgqt,bktd->bkgqd", weights.astype(v.dtype), v, preferred_element_type=jnp.float32) / total
-        return out.transpose(0, 3, 1, 2, 4).reshape(q_chunk.shape).astype(q.dtype)
+        return _attend_chunk(q_chunk, k, v, starts + first, window=window, sinks=sinks)
 
     if query <= QUERIES_PER_CHUNK:
-        return chunk(q, visible)
+        return chunk(q, jnp.int32(0))
     pad = -query % QUERIES_PER_CHUNK
     q = jnp.pad(q, ((0, 0), (0, pad), (0, 0), (0, 0)))
-    visible = jnp.pad(visible, ((0, 0), (0, pad), (0, 0)))
     num_chunks = (query + pad) // QUERIES_PER_CHUNK
     q_chunks = q.reshape(batch, num_chunks, QUERIES_PER_CHUNK, heads, head_dim).swapaxes(0, 1)
-    visible_chunks = visible.reshape(batch, num_chunks, QUERIES_PER_CHUNK, -1).swapaxes(0, 1)
-    out = lax.map(lambda pair: chunk(*pair), (q_chunks, visible_chunks))
+    firsts = jnp.arange(num_chunks, dtype=jnp.int32) * QUERIES_PER_CHUNK
+    out = lax.map(lambda pair: chunk(*pair), (q_chunks, firsts))
     return out.swapaxes(0, 1).reshape(batch, query + pad, heads, head_dim)[:, :query]
 
 

@@ -9,7 +9,7 @@ from collections.abc import Callable
 import jax
 from jax.sharding import Mesh
 
-from dflash_jax.nn import Linear, RMSNorm, SwiGLU
+from dflash_jax.nn import Experts, Linear, MoE, RMSNorm, SwiGLU
 from dflash_jax.targets.config import TargetConfig
 from dflash_jax.targets.decoder import Attention, DecoderLayer, Target
 
@@ -133,18 +133,42 @@ def assemble(config: TargetConfig, take: Callable[[str], jax.Array], *, mesh: Me
     def norm(name: str) -> RMSNorm:
         return RMSNorm(weight=take(f"{name}.weight"), eps=config.rms_norm_eps)
 
-    def layer(prefix: str) -> DecoderLayer:
-        projections = {name: linear(f"{prefix}.self_attn.{name}") for name in ("q_proj", "k_proj", "v_proj", "o_proj")}
+    def attention(prefix: str, index: int) -> Attention:
+        return Attention(
+            **{name: linear(f"{prefix}.{name}") for name in ("q_proj", "k_proj", "v_proj", "o_proj")},
+            q_norm=norm(f"{prefix}.q_norm") if config.qk_norm else None,
+            k_norm=norm(f"{prefix}.k_norm") if config.qk_norm else None,
+            sinks=take(f"{prefix}.sinks") if config.attention_sinks else None,
+            head_dim=config.head_dim,
+            window=config.sliding_window if index in config.sliding_layers else None,
+        )
+
+    def mlp(prefix: str) -> SwiGLU | MoE:
+        if not config.num_experts:
+            return SwiGLU(**{name: linear(f"{prefix}.{name}") for name in ("gate_proj", "up_proj", "down_proj")})
+        matrices = ("gate_up_proj", "gate_up_proj_bias", "down_proj", "down_proj_bias")
+        return MoE(
+            router=linear(f"{prefix}.router"),
+            experts=Experts(
+                **{name: take(f"{prefix}.experts.{name}") for name in matrices},
+                alpha=config.swiglu_alpha,
+                limit=config.swiglu_limit,
+            ),
+            top_k=config.experts_per_token,
+        )
+
+    def layer(index: int) -> DecoderLayer:
+        prefix = f"model.layers.{index}"
         return DecoderLayer(
             input_layernorm=norm(f"{prefix}.input_layernorm"),
-            self_attn=Attention(**projections, head_dim=config.head_dim),
+            self_attn=attention(f"{prefix}.self_attn", index),
             post_attention_layernorm=norm(f"{prefix}.post_attention_layernorm"),
-            mlp=SwiGLU(**{name: linear(f"{prefix}.mlp.{name}") for name in ("gate_proj", "up_proj", "down_proj")}),
+            mlp=mlp(f"{prefix}.mlp"),
         )
 
     return Target(
         embed_tokens=take("model.embed_tokens.weight"),
-        layers=tuple(layer(f"model.layers.{i}") for i in range(config.num_layers)),
+        layers=tuple(layer(i) for i in range(config.num_layers)),
         norm=norm("model.norm"),
         lm_head=None if config.tie_embeddings else take("lm_head.weight"),
         config=config,
