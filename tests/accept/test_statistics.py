@@ -1,10 +1,19 @@
+"""Means, replay and intervals on results made by hand."""
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dflash_jax.accept.evaluate import SequenceResult
-from dflash_jax.accept.statistics import bootstrap_interval, offset_differences, replay_blocks, summarise
+from dflash_jax.accept import (
+    SequenceResult,
+    bootstrap_interval,
+    offset_differences,
+    replay_blocks,
+    statistics,
+    summarise,
+    walk_chain,
+)
 from oracles import acceptance
 
 
@@ -15,15 +24,21 @@ def result(accepted, *, prompt_len, block_size=4, correct=None, prompt_hash=1, s
         [prompt_len + i + k < length for k in range(1, block_size)] for i in range(len(accepted))
     ])  # fmt: skip
     hits = labelled & (np.zeros_like(labelled) if correct is None else np.array(correct, bool))
+    accepted = np.array(accepted, np.int32)
     return SequenceResult(
         prompt_hash=prompt_hash,
+        prompt_set="toy",
+        text_hash=prompt_hash,
         sequence_index=sequence_index,
         position_offset=position_offset,
         prompt_len=prompt_len,
         length=length,
-        accepted=np.array(accepted, np.int32),
+        num_departures=0,
+        anchors=np.arange(prompt_len, length - 1, dtype=np.int32),
+        accepted=accepted,
         correct=hits,
         labelled=labelled,
+        on_chain=walk_chain(accepted, prompt_len=prompt_len, length=length),
     )
 
 
@@ -79,6 +94,9 @@ def test_summary_by_hand():
             "tau_ci95": pytest.approx([5 / 3, 2.0]),
             "survival": pytest.approx([0.6, 0.2, 0.0]),
             "num_blocks": 5,
+            # whole anchors on the chains: A's 2 and 4 (1, 1), B's 1 and 2 (0, 2)
+            "accept_len_mean": 1.0,
+            "why": statistics.WHY_THE_MEANS_DIFFER,
         },
         "num_anchors": 5,
         "num_prompts": 2,

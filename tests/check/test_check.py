@@ -3,13 +3,11 @@
 import json
 import shutil
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dflash_jax.accept import evaluate_anchors, evaluate_cache, replay_blocks
-from dflash_jax.cache import open_cache, stack_sequences
+from dflash_jax.accept import evaluate_cache, replay_blocks
+from dflash_jax.cache import open_cache
 from dflash_jax.check import CheckConfig, check
 from dflash_jax.core import InputError, load_tensors, no_progress, read_json, read_jsonl, sha256_file, write_json
 from dflash_jax.decode import Decoder
@@ -100,24 +98,6 @@ def test_every_anchor_is_drafted_and_judged_as_by_a_plain_loop(results, cache, t
     assert seen == {0, 1, 2, 3, 4}
 
 
-def test_chunks_and_padding_change_nothing(results, cache, target, drafter_folder):
-    index = next(i for i, r in enumerate(results) if r.prompt_len + BUDGET <= CONTEXT and len(r.accepted) >= 20)
-    stored = cache.sequence(index)
-    batch = stack_sequences([stored], width=128, max_new_tokens=BUDGET)
-    anchors = np.arange(stored.prompt_len, stored.prompt_len + 20, dtype=np.int32)
-    accepted, correct, _ = jax.jit(evaluate_anchors, static_argnames=("block_size", "anchors_per_chunk"))(
-        load_drafter(drafter_folder),
-        target.embed_tokens,
-        target.head,
-        jax.tree_util.tree_map(lambda leaf: leaf[0], batch),
-        jnp.asarray(anchors[::-1].copy()),
-        block_size=5,
-        anchors_per_chunk=5,
-    )
-    assert accepted.tolist() == results[index].accepted[:20][::-1].tolist()
-    assert (correct == results[index].correct[:20][::-1]).all()
-
-
 def test_replay_is_what_decoding_does(results, target, target_folder, drafter_folder):
     tokenizer = load_tokenizer(target_folder)
     decoder = Decoder(target, stop_ids=tokenizer.stop_ids, max_new_tokens=BUDGET, batch_size=len(TEXTS))
@@ -144,9 +124,10 @@ def test_offsets_can_be_chosen(target, cache, drafter_folder, results):
     )  # fmt: skip
     wanted = [result for result in results if result.position_offset == FAR]
     assert [r.accepted.tolist() for r in found] == [r.accepted.tolist() for r in wanted]
-    assert [move[:2] for move in moves] == [(i + 1, 2 * len(TEXTS)) for i in range(2 * len(TEXTS))]
+    assert [move[:2] for move in moves] == [(len(wanted), len(wanted))]
 
 
+REPLAY = {"tau_micro", "tau_macro", "tau_ci95", "survival", "num_blocks", "accept_len_mean", "why"}
 GROUP = {
     "accept_len_mean", "accept_len_p50", "accept_len_p90", "accept_len_p99", "accept_len_ci95", "token_acc_mean",
     "survival", "replay", "num_anchors", "num_prompts", "num_unlabelled",
@@ -183,7 +164,7 @@ def test_json(tmp_path, target_folder, cache_folder, cache, drafter_folder, resu
     assert list(offsets) == ["0", str(FAR)]
     for group in (found["seen"], found["unseen"], *offsets.values()):
         assert set(group) == GROUP
-        assert set(group["replay"]) == {"tau_micro", "tau_macro", "tau_ci95", "survival", "num_blocks"}
+        assert set(group["replay"]) == REPLAY
     assert (found["block_size"], found["cache"], found["drafter"]) == (5, str(cache_folder), str(folder))
     assert found["warnings"] == []
     assert found["record"]["drafter_sha256"] == sha256_file(folder / "model.safetensors")

@@ -2,21 +2,44 @@
 
 It promises: blocks are drafted exactly as decoding drafts them and judged by decoding's accept rule; many anchors of a
 sequence share one pass over its context; intervals and differences are bootstraps over prompts. `check` and `parity`
-stand on it. It imports `cache`, `decode`, `drafter`, `targets`, `nn` and `core`.
+stand on it. It imports `cache`, `decode`, `drafter`, `targets` and `core`.
 """
 
-from dflash_jax.accept.evaluate import SequenceResult, evaluate_anchors, evaluate_cache
+from dflash_jax.accept.anchors import AnchorChoice, hash_text, parse_anchors
+from dflash_jax.accept.compare import compare, difference_interval, pair_results
+from dflash_jax.accept.evaluate import SequenceResult, evaluate_cache, walk_chain
 from dflash_jax.accept.fit import check_block_size, check_fit
-from dflash_jax.accept.statistics import bootstrap_interval, offset_differences, replay_blocks, summarise
+from dflash_jax.accept.hits import label_hits
+from dflash_jax.accept.statistics import (
+    bootstrap_interval,
+    by_context_length,
+    by_offset,
+    by_prompt_set,
+    by_slot,
+    offset_differences,
+    replay_blocks,
+    summarise,
+)
 
 __all__ = [
+    "AnchorChoice",
     "SequenceResult",
     "bootstrap_interval",
+    "by_context_length",
+    "by_offset",
+    "by_prompt_set",
+    "by_slot",
     "check_block_size",
     "check_fit",
-    "evaluate_anchors",
+    "compare",
+    "difference_interval",
     "evaluate_cache",
+    "hash_text",
+    "label_hits",
     "offset_differences",
+    "pair_results",
+    "parse_anchors",
     "replay_blocks",
     "summarise",
+    "walk_chain",
 ]

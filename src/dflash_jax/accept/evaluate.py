@@ -71,7 +71,7 @@ class SequenceResult:
     @property
     def whole(self) -> Bool[np.ndarray, " anchor"]:
         """Anchors whose B-1 slots all have labels: those that `accept_len_mean` is over."""
-        return self.labelled.all(axis=1)
+        return np.asarray(self.labelled.all(axis=1))
 
     def at(self, chosen: Bool[np.ndarray, " anchor"]) -> "SequenceResult":
         """Return the result at some of its anchors alone; what is on the chain stays so."""
@@ -85,9 +85,7 @@ class SequenceResult:
         )
 
 
-def walk_chain(
-    accepted: Int32[np.ndarray, " anchor"], *, prompt_len: int, length: int
-) -> Bool[np.ndarray, " anchor"]:
+def walk_chain(accepted: Int32[np.ndarray, " anchor"], *, prompt_len: int, length: int) -> Bool[np.ndarray, " anchor"]:
     """Return which of the anchors `prompt_len`, `prompt_len + 1`, ... decoding would start a block at.
 
     From anchor a, `min(accepted + 1, length - 1 - a)` tokens are committed (the bonus falls away where the text ends)
@@ -103,7 +101,7 @@ def walk_chain(
 
 
 class _Texts(eqx.Module):
-    """What drafting at an anchor needs of its sequence besides the context: `StoredSequence` without the features."""
+    """A batch as drafting needs it: the sequences, their features gone, and the contexts that were made of them."""
 
     sequence: StoredSequence
     context: tuple[ContextKV, ...]

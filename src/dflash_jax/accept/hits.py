@@ -1,0 +1,81 @@
+"""Whether labels are the head's argmax, without asking the whole head where a part of it settles the matter."""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int32
+
+ROWS_PER_BLOCK = 256
+MOST_LOGITS = 2**24
+"""Logits that exist at a time at most: 64 MiB of float32, as `nn.greedy_tokens` allows itself."""
+
+
+def _product_unit(hidden_size: int) -> float:
+    """Bound on the error of a float32 product of rows, as a share of both rows' norms.
+
+    Sums of n terms are off by n roundings at most. Accelerators round the factors first unless told otherwise: to TF32
+    or, on TPUs, to bfloat16, 2**-9 each.
+    """
+    sums = hidden_size * float(jnp.finfo(jnp.float32).eps)
+    return sums if jax.default_backend() == "cpu" else sums + 2**-8
+
+
+def _surely_wrong(
+    hidden: Float[Array, "row hidden"],
+    labels: Int32[Array, " row"],
+    head: Float[Array, "vocab hidden"],
+    rivals: Float[Array, "rival hidden"],
+) -> Bool[Array, " row"]:
+    """Rows whose label loses against some rival by more than the rounding of this product and of any other could be."""
+
+    def norm(rows: Float[Array, "some hidden"]) -> Float[Array, " some"]:
+        return jnp.sqrt(jnp.square(rows.astype(jnp.float32)).sum(axis=-1))
+
+    label_rows = head[labels]
+    own = jnp.einsum("rh,rh->r", hidden, label_rows, preferred_element_type=jnp.float32)
+    best = jnp.einsum("rh,vh->rv", hidden, rivals, preferred_element_type=jnp.float32).max(axis=-1)
+    error = _product_unit(hidden.shape[-1]) * norm(hidden) * (norm(label_rows) + norm(rivals).max())
+    # NaN compares as False: such a row is left to the whole head
+    return best - own > 2 * error
+
+
+def _is_argmax(
+    hidden: Float[Array, "row hidden"], labels: Int32[Array, " row"], head: Float[Array, "vocab hidden"]
+) -> Bool[Array, " row"]:
+    """Whether no column beats the label's, all of one product; a lower id wins a tie, as in `nn.greedy_tokens`."""
+    logits = jnp.einsum("rh,vh->rv", hidden, head, preferred_element_type=jnp.float32)
+    own = jnp.take_along_axis(logits, labels[:, None], axis=-1)
+    lower = lax.broadcasted_iota(jnp.int32, logits.shape, 1) < labels[:, None]
+    return ~((logits > own) | ((logits == own) & lower)).any(axis=-1)
+
+
+def label_hits(
+    hidden: Float[Array, "row hidden"],
+    labels: Int32[Array, " row"],
+    asked: Bool[Array, " row"],
+    *,
+    head: Float[Array, "vocab hidden"],
+    rivals: Float[Array, "rival hidden"],
+) -> Bool[Array, " row"]:
+    """Return `asked & (labels == greedy_tokens(hidden, head))`, at the cost of the rows that rivals leave open.
+
+    Args:
+        hidden: rows after the drafter's final norm.
+        labels: token ids, in range.
+        asked: rows that matter.
+        head: the vocabulary head.
+        rivals: rows of the head that labels are held against first; those of frequent tokens settle most.
+    """
+    rows, vocab = hidden.shape[0], head.shape[0]
+    block = max(1, min(ROWS_PER_BLOCK, rows, MOST_LOGITS // vocab))
+    left = asked & ~_surely_wrong(hidden, labels, head, rivals)
+    num_left = left.sum(dtype=jnp.int32)
+    # the rows that are left come first; a last block that is not full repeats row 0, whose answer is its own
+    order = jnp.pad(jnp.argsort(~left, stable=True).astype(jnp.int32), (0, -rows % block))
+
+    def settle(number: Int32[Array, ""], hits: Bool[Array, " row"]) -> Bool[Array, " row"]:
+        at = lax.dynamic_slice(order, (number * block,), (block,))
+        return hits.at[at].set(_is_argmax(hidden[at], labels[at], head))
+
+    hits = lax.fori_loop(jnp.int32(0), (num_left + block - 1) // block, settle, jnp.zeros(rows, bool))
+    return hits & left
