@@ -47,8 +47,9 @@ class Responses:
     prompt_set: UInt16[np.ndarray, " rows"]
     max_new_tokens: int | None
 
-    def __len__(self) -> int:
-        """Return the number of rows."""
+    @property
+    def num_rows(self) -> int:
+        """Rows of the file, blank lines not counted."""
         return len(self.lengths)
 
     def _row(self, row: int) -> dict[str, Any]:
@@ -110,11 +111,11 @@ def _budget(path: Path) -> int | None:
 class _Columns:
     """What is kept of the rows, one after the other, in packed arrays."""
 
-    line_starts: array[int] = field(default_factory=lambda: array("q"))
-    lengths: array[int] = field(default_factory=lambda: array("q"))
-    prompt_len: array[int] = field(default_factory=lambda: array("i"))
-    prompt_hash: array[int] = field(default_factory=lambda: array("Q"))
-    prompt_set: array[int] = field(default_factory=lambda: array("i"))
+    line_starts: array = field(default_factory=lambda: array("q"))
+    lengths: array = field(default_factory=lambda: array("q"))
+    prompt_len: array = field(default_factory=lambda: array("i"))
+    prompt_hash: array = field(default_factory=lambda: array("Q"))
+    prompt_set: array = field(default_factory=lambda: array("i"))
     set_index: dict[str, int] = field(default_factory=dict)
 
     def add(self, start: int, row: dict[str, Any], prompt: Int32[np.ndarray, " prompt"], length: int) -> None:
@@ -179,10 +180,10 @@ def read_responses(path: Path, *, vocab_size: int, max_length: int) -> Responses
     return Responses(
         path=path,
         sha256=digest.hexdigest(),
-        line_starts=np.asarray(columns.line_starts, np.int64),
-        lengths=np.asarray(columns.lengths, np.int64),
-        prompt_len=np.asarray(columns.prompt_len, np.int32),
-        prompt_hash=np.asarray(columns.prompt_hash, np.uint64),
+        line_starts=np.frombuffer(columns.line_starts, np.int64),
+        lengths=np.frombuffer(columns.lengths, np.int64),
+        prompt_len=np.frombuffer(columns.prompt_len, np.int32),
+        prompt_hash=np.frombuffer(columns.prompt_hash, np.uint64),
         prompt_sets=prompt_sets,
         prompt_set=place[np.asarray(columns.prompt_set)],
         max_new_tokens=_budget(path),
