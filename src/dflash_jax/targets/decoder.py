@@ -20,7 +20,7 @@ from dflash_jax.nn import (
     write_rows,
 )
 from dflash_jax.targets.config import TargetConfig
-from dflash_jax.targets.sharding import constrain, greedy_tokens_split
+from dflash_jax.targets.sharding import apply_mlp, constrain, greedy_tokens_split
 
 
 class LayerKV(eqx.Module):
@@ -196,7 +196,7 @@ def extend(
     for index, (layer, layer_kv) in enumerate(zip(target.layers, kv.layers, strict=True)):
         attended, layer_kv = layer.self_attn(layer.input_layernorm(x), cos_sin=cos_sin, kv=layer_kv, starts=kv.lengths)
         x = constrain(x + attended, _ROWS, target.mesh)
-        x = constrain(x + layer.mlp(layer.post_attention_layernorm(x)), _ROWS, target.mesh)
+        x = constrain(x + apply_mlp(layer.mlp, layer.post_attention_layernorm(x), target.mesh), _ROWS, target.mesh)
         layer_caches.append(_pin_kv(layer_kv, target.mesh))
         captured[index] = x
     features = [captured[index] for index in capture_layers] or [jnp.zeros((*tokens.shape, 0), x.dtype)]

@@ -5,6 +5,7 @@ Which axis is split over what is decided by `core.LOGICAL_AXES` alone. Without a
 
 from collections.abc import Mapping
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -12,7 +13,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int32
 
 from dflash_jax.core import InputError, MeshShape, mesh_shape, replicated_axes, split_axes
-from dflash_jax.nn import best_tokens
+from dflash_jax.nn import Experts, MoE, SwiGLU, apply_experts, best_tokens
 from dflash_jax.targets.config import TargetConfig
 
 
@@ -125,3 +126,56 @@ def greedy_tokens_split(
         check_vma=False,
     )
     return split_call(hidden, head)
+
+
+def moe_split(moe: MoE, x: Float[Array, "batch query hidden"], mesh: Mesh) -> Float[Array, "batch query hidden"]:
+    """Return `moe(x)` where experts are split over devices: each one computes its own experts for its own rows.
+
+    Devices along the expert axis share rows here (elsewhere they take different ones), since any row may need any
+    expert; devices along the model axis hold a part of every expert's columns. One sum joins all parts.
+    """
+    shape = mesh_shape(mesh)
+    experts_split, _, gate_up_split = split_axes(
+        ("experts", None, "gate_up"), (moe.experts.down_proj.shape[0], 1, moe.experts.down_proj.shape[1]), shape
+    )
+    rows_split = split_axes(("batch",), x.shape[:1], MeshShape(data=shape.data))
+    rows = PartitionSpec(*rows_split, None, None)
+    parts = Experts(
+        gate_up_proj=PartitionSpec(experts_split, None, gate_up_split),
+        gate_up_proj_bias=PartitionSpec(experts_split, gate_up_split),
+        down_proj=PartitionSpec(experts_split, gate_up_split, None),
+        down_proj_bias=PartitionSpec(experts_split, None),
+        alpha=moe.experts.alpha,
+        limit=moe.experts.limit,
+    )
+
+    def local(
+        experts: Experts,
+        x: Float[Array, "batch query hidden"],
+        chosen: Int32[Array, "batch query top_k"],
+        shares: Float[Array, "batch query top_k"],
+    ) -> Float[Array, "batch query hidden"]:
+        if experts_split:
+            first = lax.axis_index("expert").astype(jnp.int32) * experts.down_proj.shape[0]
+            chosen = chosen - first  # experts of other devices fall outside and add nothing
+        if gate_up_split:
+            # every part of the columns would add the bias once more
+            mine = (lax.axis_index("model") == 0).astype(experts.down_proj_bias.dtype)
+            experts = eqx.tree_at(lambda part: part.down_proj_bias, experts, experts.down_proj_bias * mine)
+        flat = x.reshape(-1, x.shape[-1])
+        top_k = chosen.shape[-1]
+        out = apply_experts(experts, flat, chosen.reshape(-1, top_k), shares.reshape(-1, top_k)).reshape(x.shape)
+        over = (*(experts_split or ()), *(gate_up_split or ()))
+        return lax.psum(out, over) if over else out
+
+    chosen, shares = moe.route(x.reshape(-1, x.shape[-1]))
+    split_call = jax.shard_map(local, mesh=mesh, in_specs=(parts, rows, rows, rows), out_specs=rows, check_vma=False)
+    per_row = (*x.shape[:2], moe.top_k)
+    return split_call(moe.experts, x, chosen.reshape(per_row), shares.reshape(per_row))
+
+
+def apply_mlp(
+    mlp: SwiGLU | MoE, x: Float[Array, "batch query hidden"], mesh: Mesh | None
+) -> Float[Array, "batch query hidden"]:
+    """Return a layer's MLP output, on a mesh with experts on their own devices."""
+    return mlp(x) if mesh is None or isinstance(mlp, SwiGLU) else moe_split(mlp, x, mesh)
