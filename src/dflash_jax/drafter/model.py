@@ -211,7 +211,6 @@ def draft_blocks(
     block_lengths: Int32[Array, " anchor"],
     block_size: int,
     position_offset: Int32[Array, ""],
-    block_shift: Int32[Array, ""] | None = None,
 ) -> Float[Array, "anchor block hidden"]:
     """Return the drafter's output for blocks at many anchors of one sequence: what training and the check both run.
 
@@ -225,8 +224,6 @@ def draft_blocks(
         block_lengths: slots of each block that exist, 1 to block_size.
         block_size: slots computed per block.
         position_offset: absolute position of token 0.
-        block_shift: how many positions behind its place each slot is said to sit. None, 0: where it belongs; anything
-            else is what an engine does that gives context and block positions of different origins (`parity` asks).
     """
     index = jnp.arange(features.shape[0], dtype=jnp.int32)
     return draft_in_context(
@@ -237,5 +234,5 @@ def draft_blocks(
         anchors,
         block_lengths=block_lengths,
         block_size=block_size,
-        block_offset=position_offset if block_shift is None else position_offset + block_shift,
+        block_offset=position_offset,
     )
