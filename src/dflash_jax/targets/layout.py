@@ -12,8 +12,7 @@ from jax.sharding import Mesh
 from dflash_jax.nn import Experts, Linear, MoE, RMSNorm, SwiGLU
 from dflash_jax.targets.config import TargetConfig
 from dflash_jax.targets.decoder import Attention, DecoderLayer, Target
-
-MXFP4_GROUP = 32  # values that share one scale; two values a byte
+from dflash_jax.targets.mxfp4 import MXFP4_GROUP
 
 
 def axis_sizes(config: TargetConfig) -> dict[str, int]:
