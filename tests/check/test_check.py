@@ -158,7 +158,8 @@ def test_json(tmp_path, target_folder, cache_folder, cache, drafter_folder, resu
     assert json.loads(json.dumps(found, allow_nan=False)) == found
     assert set(found) == GROUP | {
         "seen", "unseen", "by_ctx_pos_start", "block_size", "cache", "drafter",
-        "accept_len_by_offset_difference", "warnings", "record",
+        "accept_len_by_offset_difference", "by_context_length", "by_prompt_set", "by_slot", "anchors", "num_departures",
+        "num_response_tokens", "comparison", "checks", "warnings", "record",
     }  # fmt: skip
     offsets = found["by_ctx_pos_start"]
     assert list(offsets) == ["0", str(FAR)]
@@ -209,7 +210,8 @@ def test_only_seen_prompts_is_a_warning(tmp_path, target_folder, cache_folder, c
     assert found["unseen"] is None
     assert found["seen"]["num_anchors"] == found["num_anchors"]
     assert found["warnings"] == [
-        "ONLY PROMPTS THE DRAFTER WAS TRAINED ON were checked: these numbers say nothing about new prompts"
+        "ONLY PROMPTS THE DRAFTER WAS TRAINED ON were checked: these numbers say nothing about new prompts. "
+        "Check on a cache of other prompts"
     ]
 
 

@@ -24,7 +24,7 @@ from dflash_jax.core import Move
 from dflash_jax.decode import accept_len
 from dflash_jax.drafter import ContextKV, Drafter, StoredSequence, block_labels, context_kv, draft_in_context
 
-MOST_RIVALS = 2048
+MOST_RIVALS = 1024
 RIVAL_SHARE = 1 / 16
 
 

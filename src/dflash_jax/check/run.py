@@ -1,123 +1,207 @@
-"""The `check` command: a cache and a drafter in, the check's JSON out."""
+"""The `check` command: caches and drafters in, the check's JSON out."""
 
+from dataclasses import dataclass
+from itertools import combinations, groupby
 from pathlib import Path
 from typing import Any
 
 from dflash_jax import targets, text
 from dflash_jax.accept import (
     SequenceResult,
+    by_context_length,
+    by_offset,
+    by_prompt_set,
+    by_slot,
     check_block_size,
     check_fit,
+    compare,
     evaluate_cache,
     offset_differences,
+    parse_anchors,
     summarise,
 )
 from dflash_jax.cache import Cache, check_fingerprint, open_cache
 from dflash_jax.check.config import CheckConfig
+from dflash_jax.check.warn import warnings_of
 from dflash_jax.core import RECORD_NAME, InputError, Move, make_record, no_progress, read_json
-from dflash_jax.drafter import DrafterConfig, drafter_fingerprint, load_drafter, read_drafter_config
+from dflash_jax.drafter import drafter_fingerprint, load_drafter, read_drafter_config
 
 # what must be equal between the cache a drafter was trained on and the one it is checked on
 _SHARED_FIELDS = ("target_weights", "target_config", "tokenizer_sha256", "chat_template_sha256", "capture_layers")
 
 
-def _read_record(drafter: Path) -> dict[str, Any] | None:
-    """The record of a drafter trained here; None for a foreign one."""
-    path = drafter / RECORD_NAME
-    return read_json(path, what="the drafter's record") if path.is_file() else None
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Drafter:
+    """A drafter's folder, its record (None for a foreign one), and the block size to check it with."""
+
+    path: Path
+    record: dict[str, Any] | None
+    block_size: int
+
+    @property
+    def trained_hashes(self) -> frozenset[int] | None:
+        """prompt_hash of every prompt it was trained on; None where nobody knows."""
+        hashes = (self.record or {}).get("trained_prompt_hashes")
+        return None if hashes is None else frozenset(int(value, 16) for value in hashes)
 
 
-def _check_fit(config: CheckConfig, cache: Cache, drafter: DrafterConfig, record: dict[str, Any] | None) -> int:
-    """Hold the cache against target and drafter; return the block size.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Pair:
+    """One drafter on one cache."""
+
+    drafter: _Drafter
+    cache: Cache
+
+
+def _read_drafter(path: Path, config: CheckConfig) -> _Drafter:
+    """A drafter that fits the target.
+
+    Raises:
+        InputError: no drafter, or what does not fit.
+    """
+    sizes = read_drafter_config(path)
+    check_fit(sizes, targets.read_target_config(config.target), where=path)
+    record = path / RECORD_NAME
+    return _Drafter(
+        path=path,
+        record=read_json(record, what="the drafter's record") if record.is_file() else None,
+        block_size=check_block_size(config.block_size, sizes),
+    )
+
+
+def _check_pair(pair: _Pair) -> None:
+    """Hold a cache against the drafter that is to be checked on it.
 
     Raises:
         InputError: what differs, by name.
     """
-    wanted = targets.fingerprint(config.target) | text.load_tokenizer(config.target).fingerprint()
-    check_fingerprint(cache.manifest, wanted, what=f"the target {config.target}")
-    check_fingerprint(
-        cache.manifest, {"capture_layers": list(drafter.capture_layers)}, what=f"the drafter {config.drafter}"
-    )
-    check_fit(drafter, targets.read_target_config(config.target), where=config.drafter)
+    manifest, path, record = pair.cache.manifest, pair.drafter.path, pair.drafter.record
+    layers = {"capture_layers": list(read_drafter_config(path).capture_layers)}
+    check_fingerprint(manifest, layers, what=f"the drafter {path}")
     if record is not None and "cache_fingerprint" in record:
         trained_on = {name: record["cache_fingerprint"].get(name) for name in _SHARED_FIELDS}
-        check_fingerprint(cache.manifest, trained_on, what=f"the drafter {config.drafter}")
-    return check_block_size(config.block_size, drafter)
+        check_fingerprint(manifest, trained_on, what=f"the drafter {path}")
 
 
-def _check_offsets(config: CheckConfig, cache: Cache) -> None:
-    """Raise where an offset is asked for that the cache has not."""
-    stored = cache.manifest["position_offsets"]
-    missing = [offset for offset in config.position_offsets or () if offset not in stored]
-    if missing:
-        raise InputError(f"--position-offsets names {missing[0]}: {config.cache} holds {', '.join(map(str, stored))}")
-
-
-def _warnings(seen: list[SequenceResult], unseen: list[SequenceResult], *, known: bool) -> list[str]:
-    if not known:
-        return ["the drafter has no record of its training prompts: seen and unseen cannot be told apart"]
-    if seen and not unseen:
-        return ["ONLY PROMPTS THE DRAFTER WAS TRAINED ON were checked: these numbers say nothing about new prompts"]
-    return []
-
-
-def check(config: CheckConfig, *, progress: Move = no_progress) -> dict[str, Any]:
-    """Check a drafter offline on every eligible anchor of a cache.
-
-    Returns:
-        The check's JSON (design, section 5; estimators in `statistics.summarise`), and beside it:
-        `accept_len_by_offset_difference` (`statistics.offset_differences`), `warnings`, `record`.
+def _open_all(config: CheckConfig) -> list[_Pair]:
+    """Every drafter on every cache, the named pair first, all of them held against the target and each other.
 
     Raises:
-        InputError: bad target, cache or drafter; a mismatch between them; a block size the drafter was not trained for;
-            nothing to check.
+        InputError: bad target, cache or drafter; a mismatch between them; an offset that no cache has.
     """
-    cache = open_cache(config.cache)
-    drafter_config = read_drafter_config(config.drafter)
-    record = _read_record(config.drafter)
-    block_size = _check_fit(config, cache, drafter_config, record)
-    _check_offsets(config, cache)
-    target, drafter = targets.load_target(config.target), load_drafter(config.drafter)
-    results = evaluate_cache(
-        drafter,
-        target.embed_tokens,
-        target.head,
-        cache,
-        max_positions=target.config.max_positions,
-        block_size=block_size,
-        anchors_per_chunk=config.anchors_per_chunk,
-        position_offsets=config.position_offsets,
-        progress=progress,
-    )
+    wanted = targets.fingerprint(config.target) | text.load_tokenizer(config.target).fingerprint()
+    caches = [open_cache(path) for path in (config.cache, *config.compare_caches)]
+    for cache in caches:
+        check_fingerprint(cache.manifest, wanted, what=f"the target {config.target}")
+        stored = cache.manifest["position_offsets"]
+        missing = [offset for offset in config.position_offsets or () if offset not in stored]
+        if missing:
+            raise InputError(f"--position-offsets names {missing[0]}: {cache.path} holds {', '.join(map(str, stored))}")
+    drafters = [_read_drafter(path, config) for path in (config.drafter, *config.compare_drafters)]
+    pairs = [_Pair(drafter=drafter, cache=cache) for drafter in drafters for cache in caches]
+    for pair in pairs:
+        _check_pair(pair)
+    return pairs
 
-    def group(part: list[SequenceResult]) -> dict[str, Any] | None:
-        return summarise(part, samples=config.bootstrap_samples, seed=config.seed)
 
-    overall = group(results)
+def _document(pair: _Pair, results: list[SequenceResult], config: CheckConfig) -> dict[str, Any]:
+    """The JSON of one drafter on one cache.
+
+    Raises:
+        InputError: no anchor has labels at all its slots.
+    """
+    settings = {"samples": config.bootstrap_samples, "seed": config.seed}
+    overall = summarise(results, **settings)
     if overall is None:
-        raise InputError(f"no response in {config.cache} is long enough for one whole block of {block_size} positions")
-    trained = {int(value, 16) for value in (record or {}).get("trained_prompt_hashes", [])}
-    known = record is not None and "trained_prompt_hashes" in record
-    seen = [result for result in results if result.prompt_hash in trained]
-    unseen = [result for result in results if known and result.prompt_hash not in trained]
-    offsets = sorted({result.position_offset for result in results})
+        size = pair.drafter.block_size
+        raise InputError(f"no response in {pair.cache.path} is long enough for one whole block of {size} positions")
+    trained = pair.drafter.trained_hashes
+    seen = [result for result in results if trained is not None and result.prompt_hash in trained]
+    unseen = [result for result in results if trained is not None and result.prompt_hash not in trained]
     return {
         **overall,
-        "seen": group(seen),
-        "unseen": group(unseen),
-        "by_ctx_pos_start": {str(o): group([r for r in results if r.position_offset == o]) for o in offsets},
-        "accept_len_by_offset_difference": offset_differences(
-            results, samples=config.bootstrap_samples, seed=config.seed
-        ),
-        "block_size": block_size,
-        "cache": str(config.cache),
-        "drafter": str(config.drafter),
-        "warnings": _warnings(seen, unseen, known=known),
+        "seen": summarise(seen, **settings),
+        "unseen": summarise(unseen, **settings),
+        "by_ctx_pos_start": by_offset(results, **settings),
+        "by_context_length": by_context_length(results, **settings),
+        "by_prompt_set": by_prompt_set(results, **settings),
+        "by_slot": by_slot(results),
+        "accept_len_by_offset_difference": offset_differences(results, **settings),
+        "anchors": config.anchors,
+        "num_departures": sum(result.num_departures for result in results),
+        "num_response_tokens": sum(result.length - result.prompt_len for result in results),
+        "block_size": pair.drafter.block_size,
+        "cache": str(pair.cache.path),
+        "drafter": str(pair.drafter.path),
+        "warnings": warnings_of(results, trained=trained),
         "record": make_record(
             "check",
             config,
             seed=config.seed,
-            drafter_sha256=drafter_fingerprint(config.drafter),
-            cache_fingerprint=cache.manifest["fingerprint"],
+            drafter_sha256=drafter_fingerprint(pair.drafter.path),
+            cache_fingerprint=pair.cache.manifest["fingerprint"],
         ),
+    }
+
+
+def _comparison(pairs: list[_Pair], results: list[list[SequenceResult]], config: CheckConfig) -> list[dict[str, Any]]:
+    """Every two checks that share their drafter or their cache; two that share neither differ in two things at once."""
+    found = []
+    for (a, results_a), (b, results_b) in combinations(zip(pairs, results, strict=True), 2):
+        if a.drafter is not b.drafter and a.cache is not b.cache:
+            continue
+        difference = compare(results_a, results_b, samples=config.bootstrap_samples, seed=config.seed)
+        if a.drafter.block_size != b.drafter.block_size:
+            sizes = f"{a.drafter.block_size} and {b.drafter.block_size}"
+            difference["verdict"] += f"; blocks of {sizes} positions: tau compares them, accept_len does not"
+        names = [{"drafter": str(side.drafter.path), "cache": str(side.cache.path)} for side in (a, b)]
+        found.append({"a": names[0], "b": names[1], **difference})
+    return found
+
+
+def _evaluate(config: CheckConfig, pairs: list[_Pair], progress: Move) -> list[list[SequenceResult]]:
+    """Per-anchor results of every pair; the target is loaded once, a drafter once for all its caches."""
+    target, results = targets.load_target(config.target), []
+    for path, own in groupby(pairs, key=lambda pair: pair.drafter.path):
+        drafter = load_drafter(path)
+        for pair in own:
+
+            def move(done: int, total: int, note: str, before: int = len(results)) -> None:
+                progress(before * total + done, len(pairs) * total, note)
+
+            found = evaluate_cache(
+                drafter,
+                target.embed_tokens,
+                target.head,
+                pair.cache,
+                max_positions=target.config.max_positions,
+                block_size=pair.drafter.block_size,
+                anchors_per_chunk=config.anchors_per_chunk,
+                position_offsets=config.position_offsets,
+                progress=move,
+                anchors=parse_anchors(config.anchors, seed=config.seed),
+            )
+            results.append(found)
+    return results
+
+
+def check(config: CheckConfig, *, progress: Move = no_progress) -> dict[str, Any]:
+    """Check drafters offline at the chosen anchors of caches.
+
+    Returns:
+        The check's JSON (design, section 5; docs/design/005; estimators in `accept.summarise`) of the named drafter on
+        the named cache, and beside it `comparison` and `checks`: with further drafters or caches, every two that share
+        one or the other compared, and the JSON of each.
+
+    Raises:
+        InputError: bad target, cache or drafter; a mismatch between them; a block size a drafter was not trained for;
+            nothing to check.
+    """
+    pairs = _open_all(config)
+    results = _evaluate(config, pairs, progress)
+    documents = [_document(pair, found, config) for pair, found in zip(pairs, results, strict=True)]
+    return {
+        **documents[0],
+        "comparison": _comparison(pairs, results, config),
+        "checks": documents if len(documents) > 1 else [],
     }
