@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from dflash_jax.core import InputError
+from dflash_jax.core import InputError, parse_mesh
 from dflash_jax.nn import check_rope_precision
 
 MAX_POSITION = 2**31 - 1  # positions are int32 on disk and on the device
@@ -26,6 +26,8 @@ class CacheBuildConfig:
     """Absolute positions of a sequence's first token; every sequence is captured at each of them."""
     features: Literal["bfloat16", "float32"] = "bfloat16"
     """How a feature is stored."""
+    mesh: str = "data=1"
+    """Devices to split the target over, such as data=2,model=4 (axes: data, expert, model); default: one device."""
     rope: str = "exact"
     """How the target's angles are computed: exact, or as other engines do, float32, bfloat16, table:N."""
     tokens_per_batch: int = 4096
@@ -46,6 +48,7 @@ class CacheBuildConfig:
             )
         if self.features not in ("bfloat16", "float32"):
             raise InputError(f"--features is {self.features!r}: choose bfloat16 or float32")
+        parse_mesh(self.mesh)
         check_rope_precision(self.rope)
         for name in ("tokens_per_batch", "tokens_per_shard"):
             if getattr(self, name) < 1:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dflash_jax.core import InputError, progress_bar
+from dflash_jax.core import InputError, parse_mesh, progress_bar
 
 Result = dict[str, Any]
 Parts = tuple[type, Callable[[Any], Result]]
@@ -55,7 +55,9 @@ class TargetInfoConfig:
     """Say what a target folder holds: family, layers, sizes, memory."""
 
     target: Path
-    """Target folder."""
+    """Target folder; one with a config.json alone will do."""
+    mesh: str = "data=1"
+    """Devices to split it over, such as data=2,model=4 (axes: data, expert, model); they need not be here."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -97,7 +99,7 @@ def _target_info() -> Parts:
     def run(config: TargetInfoConfig) -> Result:
         from dflash_jax.targets import describe_target
 
-        return describe_target(config.target)
+        return describe_target(config.target, mesh=parse_mesh(config.mesh))
 
     return TargetInfoConfig, run
 

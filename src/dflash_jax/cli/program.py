@@ -12,7 +12,7 @@ from dflash_jax import __version__
 from dflash_jax.cli.commands import COMMANDS, Command
 from dflash_jax.cli.parsing import PROGRAM, did_you_mean, parse
 from dflash_jax.cli.tables import show
-from dflash_jax.core import InputError, write_json
+from dflash_jax.core import InputError, start_processes, write_json
 
 OK, VIOLATION, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
 
@@ -81,6 +81,7 @@ def _run(arguments: Sequence[str]) -> int:
     config, json_path = parse(config_class, rest, command=command.name)
     if json_path is not None:
         _check_writable(json_path)
+    start_processes()
     try:
         result = function(config)
     except OSError as error:

@@ -21,6 +21,7 @@ from dflash_jax.core.mesh import (
     mesh_shape,
     parse_mesh,
     replicated_axes,
+    require_one_process,
     split_axes,
     start_processes,
 )
@@ -47,6 +48,7 @@ __all__ = [
     "read_json",
     "read_jsonl",
     "replicated_axes",
+    "require_one_process",
     "save_tensors",
     "sha256_file",
     "sha256_json",

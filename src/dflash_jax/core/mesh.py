@@ -116,10 +116,12 @@ def replicated_axes(units: Mapping[str, int], shape: MeshShape) -> list[str]:
     return lines
 
 
-def make_mesh(shape: MeshShape) -> "jax.sharding.Mesh | None":
+def make_mesh(shape: MeshShape, *, local: bool = False) -> "jax.sharding.Mesh | None":
     """Return the mesh over this program's devices; None for one device, where nothing is split.
 
-    In a program of several processes the mesh spans the devices of all of them; without a mesh each works for itself.
+    Args:
+        shape: how many devices along each axis.
+        local: in a program of several processes, take this one's devices and not those of all.
 
     Raises:
         InputError: there are fewer devices, or several processes and a mesh that leaves some of their devices out.
@@ -128,13 +130,13 @@ def make_mesh(shape: MeshShape) -> "jax.sharding.Mesh | None":
 
     if shape.size == 1:
         return None
-    devices = jax.devices()
+    devices = jax.local_devices() if local else jax.devices()
     if shape.size > len(devices):
         raise InputError(
             f"--mesh {shape} needs {shape.size} devices, there are {len(devices)} ({devices[0].device_kind}): make it "
             "smaller (on a CPU, XLA_FLAGS=--xla_force_host_platform_device_count=N simulates N)"
         )
-    if jax.process_count() > 1 and shape.size != len(devices):
+    if jax.process_count() > 1 and not local and shape.size != len(devices):
         raise InputError(
             f"--mesh {shape} has {shape.size} devices, the {jax.process_count()} processes have {len(devices)}: "
             "all of them must take part"
@@ -149,6 +151,21 @@ def make_mesh(shape: MeshShape) -> "jax.sharding.Mesh | None":
 def mesh_shape(mesh: "jax.sharding.Mesh | None") -> MeshShape:
     """Return the sizes of a mesh that `make_mesh` made; one device for None."""
     return MeshShape() if mesh is None else MeshShape(**dict(mesh.shape))
+
+
+def require_one_process(command: str) -> None:
+    """Refuse to run as one of several processes.
+
+    Raises:
+        InputError: there are others.
+    """
+    import jax
+
+    if jax.process_count() > 1:
+        raise InputError(
+            f"{command} runs in one process, this is one of {jax.process_count()}: unset JAX_COORDINATOR_ADDRESS, and "
+            "split the input where several machines should work"
+        )
 
 
 def start_processes(environment: Mapping[str, str] = os.environ) -> bool:

@@ -11,7 +11,7 @@ import numpy as np
 
 from dflash_jax.decode.loop import DecodeState, decode_capacity, plain_loop, speculative_loop, start_decoding
 from dflash_jax.drafter import Drafter
-from dflash_jax.targets import Target
+from dflash_jax.targets import Target, padded_rows, put_batch
 
 PROMPT_BUCKET = 64
 
@@ -80,13 +80,14 @@ class Decoder:
     ) -> None:
         """Bind what all batches share; `stop_ids` may be empty.
 
-        A `prompt_bucket` as wide as the longest prompt gives one shape for all.
+        A `prompt_bucket` as wide as the longest prompt gives one shape for all. On a mesh the batch is filled up to
+        rows that it splits evenly.
         """
         self._prompt_bucket = prompt_bucket
         self._target = target
         self._stop_ids = jnp.asarray(np.array(stop_ids, np.int32))
         self._max_new_tokens = max_new_tokens
-        self._batch_size = batch_size
+        self._batch_size = padded_rows(target.mesh, batch_size)
         self._compiled: dict[Any, jax.stages.Compiled] = {}
 
     def _call(
@@ -121,13 +122,16 @@ class Decoder:
         tokens, lengths = pad_prompts(prompts, rows=self._batch_size, bucket=self._prompt_bucket)
         limit = np.minimum(lengths + self._max_new_tokens, self._target.config.max_positions).astype(np.int32)
         capacity = decode_capacity(tokens.shape[1], self._max_new_tokens, block_size)
+        batch = {
+            "prompts": tokens,
+            "lengths": lengths,
+            "position_offset": np.full(lengths.shape, position_offset, np.int32),
+            "limit": limit,
+        }
         inputs = {
             "target": self._target,
             "drafter": drafter,
-            "prompts": jnp.asarray(tokens),
-            "lengths": jnp.asarray(lengths),
-            "position_offset": jnp.full(lengths.shape, position_offset, jnp.int32),
-            "limit": jnp.asarray(limit),
+            **put_batch(self._target.mesh, batch),
             "stop_ids": self._stop_ids,
         }
         state, prefill_s = self._call(_start, inputs, {"capacity": capacity, "max_new_tokens": self._max_new_tokens})

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from dflash_jax.core import InputError
+from dflash_jax.core import InputError, parse_mesh
 from dflash_jax.nn import check_rope_precision
 
 
@@ -26,6 +26,8 @@ class ResponsesConfig:
     """Most tokens generated for a prompt, the stop token included."""
     batch_size: int = 32
     """Prompts decoded side by side."""
+    mesh: str = "data=1"
+    """Devices to split the target over, such as data=2,model=4 (axes: data, expert, model); default: one device."""
     rope: str = "exact"
     """How the target's angles are computed: exact, or as other engines do, float32, bfloat16, table:N."""
     limit: int | None = None
@@ -37,6 +39,7 @@ class ResponsesConfig:
         """Check the numbers."""
         _positive("max-new-tokens", self.max_new_tokens)
         _positive("batch-size", self.batch_size)
+        parse_mesh(self.mesh)
         check_rope_precision(self.rope)
         if self.limit is not None:
             _positive("limit", self.limit)

@@ -6,11 +6,21 @@ import time
 from pathlib import Path
 from typing import Any
 
-from dflash_jax.core import InputError, Move, atomic_file, make_record, no_progress, sha256_json, write_json
+from dflash_jax.core import (
+    InputError,
+    Move,
+    atomic_file,
+    make_record,
+    mesh_shape,
+    no_progress,
+    require_one_process,
+    sha256_json,
+    write_json,
+)
 from dflash_jax.decode import Decoder
 from dflash_jax.generate.config import ResponsesConfig
 from dflash_jax.generate.prompts import EncodedPrompt, by_length, encode_prompts
-from dflash_jax.targets import fingerprint, load_target, read_target_config
+from dflash_jax.targets import fingerprint, load_target, open_mesh, read_target_config, whole_axes
 from dflash_jax.text import Tokenizer, load_tokenizer
 
 
@@ -69,18 +79,20 @@ def generate_responses(config: ResponsesConfig, *, progress: Move = no_progress)
     Finished batches are kept in `OUT.partial`, so the same command goes on where a killed one stopped.
 
     Returns:
-        `responses`, `num_prompts`, `num_tokens` (new ones, this run's), `tokens_per_s`, `seconds`, `finish` counts.
+        `responses`, `num_prompts`, `num_tokens` (new ones, this run's), `tokens_per_s`, `seconds`, `finish` counts,
+        `mesh`, `whole_axes` (what the mesh cannot split, and why).
 
     Raises:
-        InputError: bad target or prompts; an output that exists; a partial file begun with other settings.
+        InputError: bad target, prompts or mesh; an output that exists; a partial file begun with other settings.
     """
     if config.out.exists():
         raise InputError(f"{config.out} exists already: choose another --out or remove it")
     started = time.perf_counter()
+    require_one_process("responses")
+    target_config = read_target_config(config.target)
+    mesh = open_mesh(target_config, config.mesh)
     tokenizer = load_tokenizer(config.target)
-    prompts = encode_prompts(
-        config.prompts, tokenizer, read_target_config(config.target), limit=config.limit, seed=config.seed
-    )
+    prompts = encode_prompts(config.prompts, tokenizer, target_config, limit=config.limit, seed=config.seed)
     target_fingerprint = fingerprint(config.target) | tokenizer.fingerprint()
     settings = {
         "target": sha256_json(target_fingerprint),
@@ -96,7 +108,7 @@ def generate_responses(config: ResponsesConfig, *, progress: Move = no_progress)
         _append(partial, [settings])
     todo = [item for item in prompts if item.prompt.id not in done]
     decoder = Decoder(
-        load_target(config.target, rope=config.rope),
+        load_target(config.target, rope=config.rope, mesh=mesh),
         stop_ids=tokenizer.stop_ids,
         max_new_tokens=config.max_new_tokens,
         batch_size=min(config.batch_size, max(1, len(todo))),
@@ -123,4 +135,6 @@ def generate_responses(config: ResponsesConfig, *, progress: Move = no_progress)
         "tokens_per_s": num_tokens / seconds,
         "seconds": seconds,
         "finish": {kind: finishes.count(kind) for kind in ("stop", "length")},
+        "mesh": str(mesh_shape(mesh)),
+        "whole_axes": whole_axes(target_config, mesh_shape(mesh)),
     }

@@ -10,7 +10,7 @@ from dflash_jax.targets.decoder import KVCache, Target, TargetOutput, extend, ne
 from dflash_jax.targets.describe import describe_target
 from dflash_jax.targets.layout import stored_shapes, tensor_axes, tensor_shapes
 from dflash_jax.targets.loading import fingerprint, load_target
-from dflash_jax.targets.sharding import put_batch, whole_axes
+from dflash_jax.targets.sharding import open_mesh, padded_rows, put_batch, whole_axes
 
 __all__ = [
     "KVCache",
@@ -23,6 +23,8 @@ __all__ = [
     "fingerprint",
     "load_target",
     "next_ids",
+    "open_mesh",
+    "padded_rows",
     "prefill",
     "put_batch",
     "read_target_config",

@@ -8,11 +8,21 @@ from collections.abc import Mapping
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int32
 
-from dflash_jax.core import InputError, MeshShape, mesh_shape, replicated_axes, split_axes
+from dflash_jax.core import (
+    LOGICAL_AXES,
+    InputError,
+    MeshShape,
+    make_mesh,
+    mesh_shape,
+    parse_mesh,
+    replicated_axes,
+    split_axes,
+)
 from dflash_jax.nn import Experts, MoE, SwiGLU, apply_experts, best_tokens
 from dflash_jax.targets.config import TargetConfig
 
@@ -55,6 +65,22 @@ def check_mesh(config: TargetConfig, shape: MeshShape) -> None:
         raise InputError(f"--mesh {shape}: the target has no experts to split, give those devices to data or model")
 
 
+def open_mesh(config: TargetConfig, text: str, *, local: bool = False) -> Mesh | None:
+    """Return the mesh that a `--mesh` setting describes, for this target; None for one device.
+
+    Args:
+        config: the target's.
+        text: the setting, such as `data=2,model=4`.
+        local: over this process's devices alone, where several processes each run the target for themselves.
+
+    Raises:
+        InputError: see `core.parse_mesh`, `core.make_mesh` and `check_mesh`.
+    """
+    shape = parse_mesh(text)
+    check_mesh(config, shape)
+    return make_mesh(shape, local=local)
+
+
 def whole_axes(config: TargetConfig, shape: MeshShape) -> list[str]:
     """Return a line for every axis of the weights that the mesh would split and cannot, because it does not divide."""
     return replicated_axes(axis_units(config), shape)
@@ -74,7 +100,13 @@ def constrain(x: Array, axes: tuple[str | None, ...], mesh: Mesh | None) -> Arra
     return lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec(*split)))
 
 
-def put_batch(mesh: Mesh | None, arrays: Mapping[str, Array]) -> dict[str, jax.Array]:
+def padded_rows(mesh: Mesh | None, rows: int) -> int:
+    """Return the number of rows, at least `rows`, that a mesh splits evenly."""
+    parts = mesh_shape(mesh).along(LOGICAL_AXES["batch"])
+    return -(-rows // parts) * parts
+
+
+def put_batch(mesh: Mesh | None, arrays: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
     """Return arrays whose first axis is the batch on the mesh's devices; every process gives the whole batch.
 
     Args:
