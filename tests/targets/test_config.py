@@ -94,9 +94,8 @@ def test_rope_theta_of_transformers_5(tmp_path):
                 "intermediate_size": True,
                 "rms_norm_eps": ...,
             },
-            "vocab_size is 1.5, a positive whole number is needed; intermediate_size is True, .*; hidden_size is missing"
-            "; "
-            "num_hidden_layers is 0, .*; rms_norm_eps is missing",
+            "vocab_size is 1.5, a positive whole number is needed; intermediate_size is True, .*; hidden_size is "
+            "missing; num_hidden_layers is 0, .*; rms_norm_eps is missing",
         ),
         ({"head_dim": 5}, r"head_dim is 5, an even number is needed \(rotary pairs\)"),
         ({"num_key_value_heads": 4}, "6 query heads cannot share 4 key and value heads"),
