@@ -25,7 +25,7 @@ def cache_info(path: Path) -> dict[str, Any]:
     return {
         "cache": str(path),
         **{name: manifest[name] for name in ("complete", "format_version", "num_sequences")},
-        "num_texts": manifest["num_sequences"] // len(manifest["position_offsets"]),
+        "num_texts": manifest.get("num_texts", manifest["num_sequences"] // len(manifest["position_offsets"])),
         **{name: manifest[name] for name in ("num_tokens", "max_length", "max_new_tokens")},
         **{name: manifest[name] for name in ("position_offsets", "capture_layers", "hidden_size", "features_dtype")},
         "bytes_per_token": bytes_per_token(feature_layout(manifest)),
