@@ -23,6 +23,7 @@ from dflash_jax.parity.verdict import Difference, judge
 _WHAT = {
     "features": "the target's features",
     "labels": "the target's labels",
+    "target": "the target's features and labels",
     "positions": "the drafter's positions",
     "drafter": "the drafter's angles",
 }
@@ -99,7 +100,7 @@ def _features_finding(chain: Chain, run: Run, engine: Engine, offset: int) -> Fi
     layers = examine_layers(chain, run, near, sound=sound)
     if layers is not None and layers.cause_id == "capture_layers_shifted":
         return layers
-    angles = examine_target_angles(run, here, sound)
+    angles = examine_target_angles(run, here, sound, offsets=engine.offsets)
     if angles.cause_id == "unknown" and layers is not None:
         return Finding(cause_id=layers.cause_id, sentence=layers.sentence, evidence=layers.evidence + angles.evidence)
     return angles
@@ -113,7 +114,7 @@ def _finding(link: str, chain: Chain, run: Run, engine: Engine, offset: int) -> 
         return examine_labels(run, ours.labels, engine.reference.labels)
     if link == "positions":
         return examine_positions(ours.context_start, ours.block_start, offset=offset)
-    return examine_drafter_angles(run, engine.spoils(offset)["drafter"], offset=offset)
+    return examine_drafter_angles(run, {each: engine.spoils(each)["drafter"] for each in engine.offsets})
 
 
 def engine_cause(
@@ -136,10 +137,10 @@ def engine_cause(
     findings = [_finding(link, chain, run, engine, offset) for link in guilty]
     evidence = [_spoil_evidence(spoils, offset), *(item for finding in findings for item in finding.evidence)]
     sentences = [finding.sentence for finding in findings]
-    mended = {"features": "target", "labels": "target"}.get(guilty[0], guilty[0])
+    mended = "target" if guilty[0] in ("features", "labels") else guilty[0]
     sentences.append(
         f"at offset {offset:,} accept_len is {swaps.accepted['none']:.3f} against the reference's "
-        f"{swaps.accepted['all']:.3f}, and {swaps.accepted[mended]:.3f} with {_WHAT[guilty[0]]} mended"
+        f"{swaps.accepted['all']:.3f}, and {swaps.accepted[mended]:.3f} with {_WHAT[mended]} mended"
     )
     known = [finding.cause_id for finding in findings if finding.cause_id != "unknown"]
     return Cause(cause_id=(known or ["unknown"])[0], sentence="; ".join(sentences), evidence=evidence)

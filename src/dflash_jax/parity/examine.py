@@ -1,7 +1,8 @@
 """Direct tests that name what is wrong with a link: they look at features, labels and outputs, never at settings."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import numpy as np
 from jaxtyping import Float
@@ -10,10 +11,10 @@ from dflash_jax.parity.chain import EXACT, Chain, Links, Run, Source
 from dflash_jax.parity.measure import relative_errors
 
 MATCH = 0.05
-"""Median relative error per token below which features count as the same: storing them as bfloat16 costs 0.002, as int8
-about 0.01; the next layer's are some 0.2 away and more."""
+"""Relative error per token (root mean square) below which features count as the same. Storing them as bfloat16 costs
+0.002, as int8 about 0.01; the next layer's are 0.2 away and more."""
 _BETTER = 0.25
-"""An explanation must leave at most this part of the error."""
+"""A kind of angles explains features when it leaves at most this part of their distance from exact ones."""
 _ANGLES = {"float32": "float32_angles", "bfloat16": "bfloat16_angles"}
 
 
@@ -46,7 +47,7 @@ class Finding:
 
 
 def _distance(found: Float[np.ndarray, "row channels"], wanted: Float[np.ndarray, "row channels"]) -> float:
-    return float(np.median(relative_errors(found, wanted)))
+    return float(np.sqrt(np.square(relative_errors(found, wanted)).mean()))
 
 
 def _rows(run: Run, source: Source) -> Float[np.ndarray, "tokens features"]:
@@ -58,83 +59,125 @@ def _valid(run: Run, values: Float[np.ndarray, "batch seq channels"]) -> Float[n
     return np.concatenate([values[row, : one.features_len] for row, one in enumerate(run.batch.texts)])
 
 
-def angle_kinds(setting: str, *, table_rows: int | None = None) -> list[str]:
-    """Return the kinds of angles to try. A table that ended before these positions is one of a single row."""
-    kinds = ["float32", "bfloat16", f"table:{table_rows or 1}", setting]
-    return [kind for kind in dict.fromkeys(kinds) if kind not in (EXACT, "cache")]
+class _Outputs(Protocol):
+    """What an engine gives at an offset, or would give with angles of some kind."""
+
+    def __call__(self, offset: int, kind: str | None) -> Float[np.ndarray, "row channels"]:
+        """Return it with angles of a kind; None: as the engine gives it."""
+        ...
 
 
-def name_angles(distances: dict[str, float], *, exact: float, what: str, offset: int, where: str) -> Finding:
-    """Return which kind of angles reproduces what an engine gave, from its distance to each.
+def _tables(run: Run, distances: Mapping[int, float], first_wrong: int) -> list[str]:
+    """Tables of angles that would begin to be wrong where an engine does: two guesses at their rows.
 
     Args:
-        distances: median relative error to what each kind gives.
-        exact: the same to exact angles.
-        what: what was compared, for people.
-        offset: where.
-        where: whose angles, for people: "the target's".
+        run: the texts.
+        distances: how far from exact the engine is, by offset.
+        first_wrong: first token that is far off, at the first offset that has one.
     """
-    test = f"{what} at offset {offset:,} against those of exact angles and of each other kind, median relative error"
-    told = ", ".join(f"{kind} {value:.2g}" for kind, value in {"exact": exact, **distances}.items())
-    evidence = [Evidence(test=test, result=told)]
-    best = min(distances, key=distances.__getitem__)
-    if distances[best] > min(MATCH, _BETTER * exact):
-        return Finding(
-            cause_id="unknown",
-            sentence=f"{what} at offset {offset:,} are {exact:.2g} off, and no kind of angles that is known gives them",
-            evidence=evidence,
+    wrong = [offset for offset in sorted(distances) if distances[offset] > MATCH]
+    clean = [offset for offset in distances if not wrong or offset < wrong[0]]
+    between = max(clean) + run.batch.tokens.shape[1] if clean else 1
+    inside = [wrong[0] + first_wrong] if wrong else []
+    return [f"table:{rows}" for rows in dict.fromkeys([between, *inside])]
+
+
+def _name_angles(
+    outputs: _Outputs, run: Run, offsets: Sequence[int], *, what: str, where: str, first_wrong: int = 1
+) -> Finding:
+    """Find the kind of angles that gives what the engine gives, at all offsets.
+
+    Args:
+        outputs: the engine's, and those of each kind.
+        run: the texts.
+        offsets: all of the engine's.
+        what: what is compared, for people.
+        where: whose angles, for people: "the target's".
+        first_wrong: see `_tables`.
+    """
+    found = {offset: outputs(offset, None) for offset in offsets}
+    exact = {offset: _distance(found[offset], outputs(offset, EXACT)) for offset in offsets}
+    kinds = ("float32", "bfloat16", *_tables(run, exact, first_wrong))
+    distances = {kind: max(_distance(found[offset], outputs(offset, kind)) for offset in offsets) for kind in kinds}
+    farthest = max(exact.values())
+    evidence = [
+        Evidence(
+            test=f"{what} against those of exact angles and of other kinds: relative error, at the worst offset",
+            result=", ".join(f"{kind} {value:.2g}" for kind, value in {EXACT: farthest, **distances}.items()),
         )
+    ]
+    best = min(distances, key=distances.__getitem__)
+    if distances[best] > min(MATCH, _BETTER * farthest):
+        sentence = f"{what} are {farthest:.2g} off, and no kind of angles that is known gives them"
+        return Finding(cause_id="unknown", sentence=sentence, evidence=evidence)
     if best.startswith("table:"):
+        ends = min(offset for offset in offsets if exact[offset] > MATCH)
         sentence = (
-            f"{where} table of angles ends before position {offset:,} and is clamped there: beyond its end all tokens "
-            "sit at one position"
+            f"{where} table of angles ends before offset {ends:,} or soon after and is clamped there: all tokens "
+            "beyond its end sit at one position"
         )
         return Finding(cause_id="table_end", sentence=sentence, evidence=evidence)
-    fault = "rounded to bfloat16" if best == "bfloat16" else "products in float32, too coarse so far out"
-    return Finding(cause_id=_ANGLES[best], sentence=f"{where} rotary angles are {fault}", evidence=evidence)
+    fault = "are rounded to bfloat16" if best == "bfloat16" else "are float32 products, too coarse so far out"
+    return Finding(cause_id=_ANGLES[best], sentence=f"{where} rotary angles {fault}", evidence=evidence)
 
 
-def _first_wrong(run: Run, here: Source, sound: Source) -> int:
-    """First token of the longest text whose features are not the sound ones; 1 where it is the second or none is."""
-    longest = max(range(len(run.batch.texts)), key=lambda row: len(run.batch.texts[row].token_ids))
-    length = run.batch.texts[longest].features_len
-    found, wanted = (np.asarray(run.captured(s).features[longest, :length], np.float32) for s in (here, sound))
-    wrong = np.flatnonzero(relative_errors(found, wanted) > MATCH)
-    return int(wrong[0]) if wrong.size else 1
+def examine_target_angles(run: Run, here: Source, sound: Source, *, offsets: Sequence[int]) -> Finding:
+    """Compare an engine's features with those of each kind of angles at every offset.
 
+    Args:
+        run: some texts.
+        here: the engine's features at any offset.
+        sound: the reference's.
+        offsets: all of the engine's.
+    """
 
-def examine_target_angles(run: Run, here: Source, sound: Source) -> Finding:
-    """Compare an engine's features with those of each kind of angles at the same offset."""
-    first = _first_wrong(run, here, sound)
-    kinds = angle_kinds(here.kind, table_rows=here.offset + first if first > 1 else None)
-    found = _rows(run, here)
-    distances = {kind: _distance(found, _rows(run, replace(here, kind=kind))) for kind in kinds}
-    return name_angles(
-        distances,
-        exact=_distance(found, _rows(run, sound)),
+    def outputs(offset: int, kind: str | None) -> Float[np.ndarray, "row channels"]:
+        if kind is None:
+            return _rows(run, replace(here, offset=offset))
+        # exact angles give the same at every offset
+        return _rows(run, sound if kind == EXACT else Source(kind=kind, offset=offset))
+
+    return _name_angles(
+        outputs,
+        run,
+        offsets,
         what="the engine's features",
-        offset=here.offset,
         where="the target's",
+        first_wrong=_first_wrong(run, here, sound, offsets),
     )
 
 
-def examine_drafter_angles(run: Run, ours: Links, *, offset: int) -> Finding:
-    """Compare the drafter's outputs in the engine with those of each kind of angles at the same positions."""
-    found = _outputs(run, ours)
-    distances = {
-        kind: _distance(found, _outputs(run, replace(ours, drafter_rope=kind)))
-        for kind in angle_kinds(ours.drafter_rope)
-    }
-    return name_angles(
-        distances,
-        exact=_distance(found, _outputs(run, replace(ours, drafter_rope=EXACT))),
-        what="the drafter's outputs",
-        offset=offset,
-        where="the drafter's",
-    )
+def _first_wrong(run: Run, here: Source, sound: Source, offsets: Sequence[int]) -> int:
+    """First token of the longest text whose features are not the sound ones, at the first offset that has one; else 1.
+
+    The first token sees itself alone, so no angle can spoil it.
+    """
+    longest = max(range(len(run.batch.texts)), key=lambda row: run.batch.texts[row].features_len)
+    length = run.batch.texts[longest].features_len
+    wanted = np.asarray(run.captured(sound).features[longest, :length], np.float32)
+    for offset in sorted(offsets):
+        found = np.asarray(run.captured(replace(here, offset=offset)).features[longest, :length], np.float32)
+        wrong = np.flatnonzero(relative_errors(found, wanted) > MATCH)
+        if wrong.size:
+            return max(int(wrong[0]), 1)
+    return 1
 
 
-def _outputs(run: Run, links: Links) -> Float[np.ndarray, "slots hidden"]:
+def examine_drafter_angles(run: Run, ours: Mapping[int, Links]) -> Finding:
+    """Compare the drafter's outputs in the engine with those of each kind of angles at the same positions.
+
+    Args:
+        run: some texts.
+        ours: by offset, the sound chain with the engine's drafter.
+    """
+
+    def outputs(offset: int, kind: str | None) -> Float[np.ndarray, "row channels"]:
+        return _drafter_outputs(run, ours[offset] if kind is None else replace(ours[offset], drafter_rope=kind))
+
+    return _name_angles(outputs, run, sorted(ours), what="the drafter's outputs", where="the drafter's")
+
+
+def _drafter_outputs(run: Run, links: Links) -> Float[np.ndarray, "slots hidden"]:
     """The drafter's outputs at slots 1 to B-1 of every anchor of a batch."""
     parts = [np.asarray(chunk, np.float32) for row in range(len(run.batch.texts)) for chunk in run.hidden(row, links)]
     hidden = np.concatenate(parts)[:, 1:]
@@ -177,7 +220,7 @@ def _name_layers(
     )
     evidence = [
         Evidence(
-            test="each captured block of columns against every layer's output here, median relative error "
+            test="each captured block of columns against every layer's output here, relative error "
             f"(-1: the embedding, {last}: after the final norm)",
             result=told,
         )
