@@ -1,14 +1,25 @@
 import json
+import os
 import re
 import shutil
+import subprocess
+import sys
 
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
 
-from dflash_jax.core import InputError, load_tensors, save_tensors
-from dflash_jax.targets import describe_target, fingerprint, load_target, read_target_config, tensor_shapes
+from dflash_jax.core import InputError, MeshShape, load_tensors, make_mesh, save_tensors
+from dflash_jax.targets import (
+    describe_target,
+    fingerprint,
+    load_target,
+    read_target_config,
+    stored_shapes,
+    tensor_shapes,
+)
+from support import loading_worker
 
 INDEX = "model.safetensors.index.json"
 
@@ -177,3 +188,115 @@ def test_a_fingerprint_is_of_content_not_of_place(copies, checkpoints):
         assert fingerprint(folder)["target_weights"] != whole["target_weights"], path.name
         data[-1] ^= 1
         path.write_bytes(data)
+
+
+GPT_OSS = {
+    "architectures": ["GptOssForCausalLM"], "vocab_size": 61, "hidden_size": 64, "intermediate_size": 32,
+    "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8,
+    "num_local_experts": 6, "num_experts_per_tok": 2, "sliding_window": 4, "rms_norm_eps": 1e-5, "rope_theta": 5000.0,
+    "max_position_embeddings": 64, "tie_word_embeddings": False, "hidden_act": "silu", "swiglu_limit": 7.0,
+    "layer_types": ["sliding_attention", "full_attention"],
+}  # fmt: skip
+MXFP4 = {"quant_method": "mxfp4", "modules_to_not_convert": ["model.layers.*.self_attn", "lm_head"]}
+FOUR_BITS = (0, 0.5, 1, 1.5, 2, 3, 4, 6, 0, -0.5, -1, -1.5, -2, -3, -4, -6)
+
+
+def write_mxfp4(folder):
+    """A gpt-oss checkpoint as OpenAI ships it, of random bytes."""
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(GPT_OSS | {"quantization_config": MXFP4}))
+    draw = np.random.default_rng(11)
+    tensors = {}
+    for name, shape in stored_shapes(read_target_config(folder)).items():
+        if name.endswith("_blocks"):
+            tensors[name] = draw.integers(0, 256, shape).astype(np.uint8)
+        elif name.endswith("_scales"):
+            tensors[name] = draw.integers(120, 131, shape).astype(np.uint8)
+        else:
+            tensors[name] = draw.normal(0, 0.3, shape).astype(ml_dtypes.bfloat16)
+    save_tensors(folder / "model.safetensors", tensors)
+    return folder, tensors
+
+
+def by_hand(blocks, scales):
+    """[experts, columns, groups, 16] bytes as [experts, 32 * groups, columns] numbers, one byte after the other."""
+    experts, columns, groups, _ = blocks.shape
+    out = np.zeros((experts, groups * 32, columns), np.float32)
+    for place in np.ndindex(blocks.shape):
+        expert, column, group, byte = place
+        factor = 2.0 ** (int(scales[expert, column, group]) - 127)
+        low, high = blocks[place] % 16, blocks[place] // 16
+        out[expert, group * 32 + 2 * byte, column] = FOUR_BITS[low] * factor
+        out[expert, group * 32 + 2 * byte + 1, column] = FOUR_BITS[high] * factor
+    return out
+
+
+# the mesh cuts groups of 32 in two (32 rows of down_proj over 2 devices) and experts apart
+@pytest.mark.parametrize("shape", [None, MeshShape(model=2), MeshShape(expert=2)])
+def test_mxfp4_is_dequantised_on_the_way(tmp_path, shape):
+    folder, tensors = write_mxfp4(tmp_path / "target")
+    target = load_target(folder, mesh=make_mesh(shape) if shape else None)
+    for layer in range(2):
+        experts = target.layers[layer].mlp.experts
+        for name, matrix in (("gate_up_proj", experts.gate_up_proj), ("down_proj", experts.down_proj)):
+            stored = f"model.layers.{layer}.mlp.experts.{name}"
+            want = by_hand(tensors[f"{stored}_blocks"], tensors[f"{stored}_scales"])
+            np.testing.assert_array_equal(matrix, want)
+            parts = {shard.data.shape for shard in matrix.addressable_shards}
+            assert (want.shape in parts) == (shape is None), parts
+
+
+def test_the_place_of_a_blocks_tensor_is_no_place_for_floats(tmp_path):
+    folder, tensors = write_mxfp4(tmp_path / "target")
+    name = "model.layers.1.mlp.experts.down_proj_scales"
+    save_tensors(folder / "model.safetensors", tensors | {name: tensors[name].astype(np.float32)})
+    with pytest.raises(InputError, match=f"1 tensor.s. are of another dtype: {name} is float32, uint8 is needed"):
+        load_target(folder)
+
+
+def write_large(folder, *, quantised):
+    """A gpt-oss checkpoint of 20 layers, tensor by tensor through one file at a time: the largest is 1/30 of it."""
+    folder.mkdir()
+    sizes = {
+        "vocab_size": 20000, "hidden_size": 1024, "intermediate_size": 512, "num_hidden_layers": 20,
+        "num_attention_heads": 16, "num_key_value_heads": 4, "head_dim": 64, "num_local_experts": 32,
+        "num_experts_per_tok": 4, "layer_types": ["sliding_attention", "full_attention"] * 10,
+    }  # fmt: skip
+    config = GPT_OSS | sizes | ({"quantization_config": MXFP4} if quantised else {})
+    (folder / "config.json").write_text(json.dumps(config))
+    shapes = stored_shapes(read_target_config(folder))
+    block = np.random.default_rng(0).integers(0, 120, 2**22).astype(np.uint8)  # 120: no exponent of NaN or infinity
+    weight_map = {}
+    groups = [[name for name in shapes if f"layers.{i}." in name] for i in range(20)]
+    groups.append([name for name in shapes if "layers." not in name])
+    for number, names in enumerate(groups):
+        file = f"model-{number:05}.safetensors"
+        kinds = {name: np.uint8 if name.endswith(("_blocks", "_scales")) else ml_dtypes.bfloat16 for name in names}
+        tensors = {name: np.resize(block.view(kinds[name]), shapes[name]) for name in names}
+        save_tensors(folder / file, tensors)
+        weight_map |= dict.fromkeys(names, file)
+    (folder / INDEX).write_text(json.dumps({"weight_map": weight_map}))
+    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="peak memory is read from /proc")
+@pytest.mark.parametrize(("quantised", "least"), [(False, 2e9), (True, 0.6e9)])
+def test_loading_takes_the_model_and_at_most_two_tensors(tmp_path, quantised, least):
+    folder = tmp_path / "target"
+    try:
+        assert write_large(folder, quantised=quantised) > least
+        done = subprocess.run(
+            [sys.executable, loading_worker.__file__, str(folder), "bfloat16"],
+            capture_output=True, text=True, check=False, timeout=300,
+            env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "JAX_PLATFORMS": "cpu"},
+        )  # fmt: skip
+    finally:
+        shutil.rmtree(folder)
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout.splitlines()[-1])
+    assert told["model_bytes"] > 2e9
+    assert told["largest_bytes"] < 0.05 * told["model_bytes"]
+    assert told["after_bytes"] > 0.99 * told["model_bytes"], "the model is in this process's memory"
+    # measured, in largest tensors: 1.0 (bf16), 1.5 (MXFP4)
+    assert told["peak_bytes"] - told["model_bytes"] < 2 * told["largest_bytes"], told

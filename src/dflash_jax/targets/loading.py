@@ -13,7 +13,7 @@ from dflash_jax.targets.config import TargetConfig, read_target_config
 from dflash_jax.targets.decoder import Target
 from dflash_jax.targets.layout import assemble, stored_names, stored_shapes, tensor_axes, tensor_shapes
 from dflash_jax.targets.sharding import check_mesh, weight_sharding
-from dflash_jax.targets.streaming import StoredTensor, make_array, read_slice, stored_tensors
+from dflash_jax.targets.streaming import StoredTensor, make_array, read_mxfp4, read_slice, stored_tensors
 
 _INDEX = "model.safetensors.index.json"
 
@@ -91,7 +91,7 @@ def load_target(
 
     def take(name: str) -> jax.Array:
         parts = [stored[part] for part in stored_names(config, name)]
-        fill = partial(read_slice, parts[0]) if len(parts) == 1 else partial(*parts)
+        fill = partial(read_slice, parts[0]) if len(parts) == 1 else partial(read_mxfp4, *parts)
         return make_array(shapes[name], jnp.dtype(dtype), weight_sharding(config, axes[name], mesh), fill)
 
     return assemble(config, take, mesh=mesh)

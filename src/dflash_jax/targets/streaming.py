@@ -8,15 +8,20 @@ devices before the next one is begun.
 import math
 import mmap
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
+from jaxtyping import Array, Float, UInt8
 
 from dflash_jax.core import InputError, read_header
+from dflash_jax.targets.mxfp4 import MXFP4_GROUP, dequantise_mxfp4
 
 DTYPES = {"BF16": np.dtype(ml_dtypes.bfloat16), "F16": np.dtype(np.float16), "F32": np.dtype(np.float32)}
 PACKED_DTYPES = {"U8": np.dtype(np.uint8)}  # MXFP4 blocks and scales: numbers that mean nothing by themselves
@@ -104,6 +109,46 @@ def read_slice(tensor: StoredTensor, index: Index, out: np.ndarray) -> None:
                 first = (tensor.first_byte + (start + row) * row_bytes) // page * page
                 mapped.madvise(_RELEASE, first, tensor.first_byte + (start + stop) * row_bytes - first)
         del whole, source  # the mapping cannot be closed while arrays look into it
+
+
+@partial(jax.jit, static_argnames="dtype")
+def _dequantise(
+    blocks: UInt8[Array, "rows groups 16"], scales: UInt8[Array, "rows groups"], dtype: str
+) -> Float[Array, "rows columns"]:
+    return dequantise_mxfp4(blocks, scales, dtype=jnp.dtype(dtype))
+
+
+def _host() -> AbstractContextManager[Any]:
+    """Compute on the host's CPU; where jax was started without it, on the default device."""
+    try:
+        return jax.default_device(jax.local_devices(backend="cpu")[0])
+    except RuntimeError:
+        return nullcontext()
+
+
+def read_mxfp4(blocks: StoredTensor, scales: StoredTensor, index: Index, out: np.ndarray) -> None:
+    """Copy a part of a matrix per expert that is stored as MXFP4 into `out`, one expert at a time.
+
+    Args:
+        blocks: `[experts, columns, groups of rows, 16]`.
+        scales: `[experts, columns, groups of rows]`.
+        index: a slice per dimension of the matrices `[experts, rows, columns]`.
+        out: of the slice's shape.
+    """
+    experts, rows, columns = index
+    first = rows.start // MXFP4_GROUP
+    groups = slice(first, -(-rows.stop // MXFP4_GROUP))
+    part = slice(rows.start - first * MXFP4_GROUP, rows.stop - first * MXFP4_GROUP)
+    shape = (1, columns.stop - columns.start, groups.stop - groups.start)
+    packed, exponents = np.empty((*shape, blocks.shape[-1]), np.uint8), np.empty(shape, np.uint8)
+    with _host():
+        for number, expert in enumerate(range(experts.start, experts.stop)):
+            one = slice(expert, expert + 1)
+            read_slice(blocks, (one, columns, groups, slice(None)), packed)
+            read_slice(scales, (one, columns, groups), exponents)
+            # copied: jax may look into a host array for as long as it likes, and these are written again
+            values = _dequantise(jnp.array(packed[0]), jnp.array(exponents[0]), out.dtype.name)
+            out[number] = np.asarray(values).T[part]
 
 
 def make_array(
