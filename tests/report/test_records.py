@@ -51,7 +51,15 @@ def test_untrained_is_compared_on_the_same_group(build, tmp_path):
 
 def test_two_checks_of_one_drafter_have_two_names(build, tmp_path):
     paths = [build.write_json(tmp_path / name, build.check()) for name in ("a.json", "b.json")]
-    assert [check.label for check in read_records(paths).checks] == ["run/run-600", "run/run-600 (b.json)"]
+    assert [check.label for check in read_records(paths).checks] == [
+        "run/run-600 on cache-heldout",
+        "run/run-600 on cache-heldout (b.json)",
+    ]
+    build.write_json(paths[1], build.check(cache="demo/cache-train"))
+    assert [check.label for check in read_records(paths).checks] == [
+        "run/run-600 on cache-heldout",
+        "run/run-600 on cache-train",
+    ]
 
 
 def test_a_step_logged_twice_after_a_resume_counts_once(build, tmp_path):

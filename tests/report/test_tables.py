@@ -7,8 +7,8 @@ import rich.console
 
 from dflash_jax.core import InputError
 from dflash_jax.report import markdown_table, render_table
-from dflash_jax.report.records import check_from_json
-from dflash_jax.report.tables import page_table
+from dflash_jax.report.check_record import check_from_json
+from dflash_jax.report.check_tables import page_table
 
 BUCKET = {"accept_len_mean": 0.17, "accept_len_ci95": [0.125, 0.21549], "token_acc_mean": 0.04, "num_anchors": 1016}
 CHECK = BUCKET | {"num_prompts": 16, "block_size": 8, "drafter": "runs/a|b/[red]run-1500", "unseen": BUCKET}
@@ -46,15 +46,15 @@ def test_terminal_table_fits_eighty_columns_and_shows_brackets(markup):
 
 def test_the_page_adds_differences_and_tau_where_the_check_has_them():
     table = page_table(check_from_json(CHECK, where="check", label="a|b"))
-    assert table.columns[4:] == ("difference to offset 0 [95 %]", "replay tau micro [95 %]")
-    assert [row[4:] for row in table.rows] == [
+    assert table.columns[5:] == ("difference to offset 0 [95 %]", "replay tau micro [95 %]")
+    assert [row[5:] for row in table.rows] == [
         ("–", "–"),
         ("+0.000 [-0.520, +0.000]", "–"),
         ("–", "1.200 [1.100, 1.300]"),
         ("–", "–"),
     ]
     plain = {key: value for key, value in CHECK.items() if key not in ("replay", "accept_len_by_offset_difference")}
-    assert len(page_table(check_from_json(plain, where="check", label="c")).columns) == 4
+    assert len(page_table(check_from_json(plain, where="check", label="c")).columns) == 5
 
 
 def test_a_broken_check_is_an_input_error():

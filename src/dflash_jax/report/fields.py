@@ -71,11 +71,26 @@ class Fields:
             raise self.bad(key, "true or false")
         return self.value[key]
 
+    def optional_boolean(self, key: str) -> bool | None:
+        """True, false or None."""
+        return None if self.value.get(key) is None else self.boolean(key)
+
     def text(self, key: str) -> str:
         """A string."""
         if not isinstance(self.value.get(key), str):
             raise self.bad(key, "a string")
         return self.value[key]
+
+    def optional_text(self, key: str) -> str | None:
+        """A string, or None."""
+        return None if self.value.get(key) is None else self.text(key)
+
+    def optional_texts(self, key: str) -> tuple[str, ...]:
+        """A list of strings; empty for a missing key and for null."""
+        value = self.value.get(key)
+        if value is not None and not (isinstance(value, list) and all(isinstance(item, str) for item in value)):
+            raise self.bad(key, "a list of strings")
+        return tuple(value or ())
 
     def optional_numbers(self, key: str) -> tuple[float, ...] | None:
         """A list of finite numbers, or None."""
@@ -103,3 +118,26 @@ class Fields:
         if not isinstance(value, dict):
             raise self.bad(key, "an object")
         return Fields(f"{self.where}: {key}", value)
+
+    def objects(self, key: str) -> "tuple[Fields, ...]":
+        """A list of objects; empty for a missing key and for null."""
+        value = self.value.get(key)
+        if value is not None and not (isinstance(value, list) and all(isinstance(item, dict) for item in value)):
+            raise self.bad(key, "a list of objects")
+        return tuple(Fields(f"{self.where}: {key} {place}", item) for place, item in enumerate(value or (), start=1))
+
+    def named_objects(self, key: str) -> "dict[str, Fields]":
+        """The sub-objects of an object, in its order, those that are null left out; empty for a missing key."""
+        nested = self.optional_object(key)
+        if nested is None:
+            return {}
+        found = {name: nested.optional_object(name) for name in nested.value}
+        return {name: item for name, item in found.items() if item is not None}
+
+    def by_offset(self, key: str) -> "dict[int, Fields]":
+        """The sub-objects of an object keyed by position offsets, rising."""
+        named = self.named_objects(key)
+        bad = [name for name in named if not name.isdecimal()]
+        if bad:
+            raise InputError(f"{self.where}: {key}: {bad[0]!r} is no position offset: write the record again")
+        return {int(name): named[name] for name in sorted(named, key=int)}

@@ -1,10 +1,10 @@
 """The page itself: records to one self-contained HTML file that asks nothing of the network."""
 
 import base64
+import dataclasses
+import gzip
 import hashlib
-import json
-import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib import resources
@@ -16,100 +16,54 @@ import plotly.offline
 
 import dflash_jax
 from dflash_jax.core import atomic_file
-from dflash_jax.report import figures, tables, verdict
+from dflash_jax.report import check_figures, check_tables, parity_figures, parity_tables, run_figures, tables
+from dflash_jax.report.artefacts import artefacts
+from dflash_jax.report.check_record import Check
 from dflash_jax.report.config import ReportConfig
-from dflash_jax.report.records import Check, Records, Run, Sample, read_records
+from dflash_jax.report.figures import Figure
+from dflash_jax.report.glossary import GLOSSARY
+from dflash_jax.report.markdown import render_markdown
+from dflash_jax.report.parity_record import Parity
+from dflash_jax.report.records import Records, read_records
+from dflash_jax.report.run_record import Run, Sample
 from dflash_jax.report.samples import cut_into_blocks, spread_by_tau
+from dflash_jax.report.tables import Table
+from dflash_jax.report.verdict import alarms, write_verdict
 
 MAX_SAMPLES = 24
-MAX_ITEMS = 12
-MAX_TEXT = 200
-
-GLOSSARY = {
-    "accept_len": "Leading drafted tokens of a block that equal the target's greedy tokens, 0 to B-1; the bonus token"
-    " is not counted. The mean pools all anchors (micro).",
-    "tau": "Tokens committed per target pass, 1 to B, bonus included: accept_len + 1 on blocks that decoding visits."
-    " Micro: committed tokens divided by passes, pooled over prompts. Macro: the mean of per-prompt means.",
-    "survival": "At slot k, the share of blocks with accept_len of at least k: everything up to slot k was right.",
-    "token_acc": "Share of the B-1 drafted tokens equal to the label at the same slot, whatever came before them. It is"
-    " higher than survival and does not predict speed.",
-    "all anchors, chain": "All anchors: every labelled position of a response starts a block. Chain (replay): only the"
-    " anchors that decoding would visit, a to a + accept_len + 1, from the first response token. Only it gives tau.",
-    "bonus": "The target's own next token, which every pass yields for free after the accepted ones.",
-    "95 % interval": "Percentile bootstrap over prompts, not over anchors: anchors of one prompt are not independent.",
-    "offset": "position_offset, in reports ctx_pos_start: the absolute position of a sequence's first token. A shift of"
-    " all positions changes nothing in exact arithmetic, so accept_len must not depend on it.",
-    "paired difference": "accept_len at an offset minus accept_len at offset 0, on the same tokens and prompts.",
-    "seen, unseen": "Prompts that the drafter was trained on, and held-out ones, told apart by a hash of the prompt.",
-    "block_size B": "Positions per block, the anchor (its known first token) included: B-1 tokens are drafted.",
-}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Artefact:
-    """A record as shown: short values as facts, long ones as folded JSON text."""
+class Panel:
+    """One tab: its figures, then its tables."""
 
+    name: str
     title: str
-    facts: dict[str, str]
-    documents: dict[str, str]
+    figures: tuple[Figure, ...] = ()
+    tables: tuple[Table, ...] = ()
 
-
-def elide(value: Any) -> Any:
-    """A JSON value with every list cut to its first items, and a last item that says how many there were."""
-    if isinstance(value, Mapping):
-        return {key: elide(item) for key, item in value.items()}
-    if isinstance(value, list):
-        kept = [elide(item) for item in value[:MAX_ITEMS]]
-        return kept if len(value) <= MAX_ITEMS else [*kept, f"… {len(value):,} items in all"]
-    return value
-
-
-def _is_short(value: Any) -> bool:
-    """Whether a value is neither a list nor an object."""
-    return not isinstance(value, Mapping | list)
-
-
-def _fact(value: Any) -> str:
-    """A short value, or a flat list or object of them, on one line."""
-    if isinstance(value, Mapping):
-        return ", ".join(f"{key} {_fact(item)}" for key, item in value.items())
-    if isinstance(value, list):
-        return ", ".join(map(_fact, value))
-    return "–" if value is None else str(value)
-
-
-def describe(title: str, record: Mapping[str, Any]) -> Artefact:
-    """A record's keys: the command line joined, short and flat values as facts, everything else as folded JSON."""
-    facts: dict[str, str] = {}
-    documents: dict[str, str] = {}
-    for key, value in record.items():
-        items = list(value.values()) if isinstance(value, Mapping) else value if isinstance(value, list) else [value]
-        if key == "argv" and isinstance(value, list):
-            facts["command line"] = shlex.join(map(str, value))
-        elif isinstance(value, str) and len(value) > MAX_TEXT:
-            documents[key] = value
-        elif key != "config" and len(items) <= MAX_ITEMS and all(map(_is_short, items)):
-            facts[key] = _fact(value)
-        else:
-            documents[key] = json.dumps(elide(value), indent=2, ensure_ascii=False)
-    return Artefact(title=title, facts=facts, documents=documents)
-
-
-def _artefacts(records: Records) -> list[Artefact]:
-    """What was run: every run's config and drafter records, then what checks and decodes say besides their numbers."""
-    shown: list[Artefact] = []
-    for run in records.runs:
-        shown.append(describe(f"{run.label}: resolved config", run.config))
-        shown += [describe(f"{run.label}/{name}: record", record) for name, record in run.records.items()]
-    shown += [describe(f"check: {check.label}", check.extra) for check in records.checks if check.extra]
-    shown += [describe(f"{name}: record", record) for name, record in records.sidecars.items()]
-    shown += [describe(f"decode: {decode.label}", decode.extra) for decode in records.decodes if decode.extra]
-    return shown
+    def __bool__(self) -> bool:
+        """Whether there is anything on it."""
+        return bool(self.figures or self.tables)
 
 
 def _visible(text: str) -> markupsafe.Markup:
     """A token's text, escaped, with a mark before each line break (a token of only line breaks is else invisible)."""
     return markupsafe.escape(text).replace("\n", markupsafe.Markup('<span class="nl"></span>\n'))
+
+
+def _with_code(text: str) -> markupsafe.Markup:
+    """A sentence, escaped, with what stands in backquotes as code."""
+    parts = text.split("`")
+    marked = (
+        (
+            f"<code>{markupsafe.escape(part)}</code>" if place % 2 else markupsafe.escape(part)
+            for place, part in enumerate(parts)
+        )
+        if len(parts) % 2
+        else [markupsafe.escape(text)]
+    )
+    return markupsafe.Markup("".join(marked))
 
 
 def _shown_sample(sample: Sample) -> dict[str, Any]:
@@ -120,66 +74,135 @@ def _shown_sample(sample: Sample) -> dict[str, Any]:
     return head | {"tokens": tokens, "blocks": blocks}
 
 
-def _tile_groups(records: Records) -> list[tuple[str, list[verdict.Tile]]]:
-    """Key numbers; one group without a heading where no kind of record occurs twice."""
-    groups = [(check.label, verdict.check_tiles(check)) for check in records.checks]
-    groups += [(decode.label, verdict.decode_tiles(decode)) for decode in records.decodes]
-    groups += [(run.label, verdict.run_tiles(run)) for run in records.runs]
-    if max(len(records.checks), len(records.decodes), len(records.runs)) > 1:
-        return groups
-    return [("", [tile for _, tiles in groups for tile in tiles])] if groups else []
-
-
 def _heading(records: Records) -> str:
-    """The default title: the first record's name."""
-    named = (*records.checks, *records.runs, *records.decodes)
-    return f"DFlash report: {named[0].label}" if named else "DFlash report: decoded text"
+    """The default title: what was done and the first record's name."""
+    if len(records.checks) > 1 and not records.parities:
+        return f"DFlash comparison of {len(records.checks)} checks"
+    for kind, named in (
+        ("positional parity", records.parities),
+        ("offline check", records.checks),
+        ("training run", records.runs),
+        ("decoding", records.decodes),
+    ):
+        if named:
+            return f"DFlash {kind}: {named[0].label}"
+    return "DFlash report: decoded text"
 
 
-def _titled(title: str, one: Check | Run, all_of_it: Sequence[Check | Run]) -> str:
-    """A figure's title, with the record's name where there are several."""
-    return title if len(all_of_it) == 1 else f"{title}: {one.label}"
+def _found(*things: Any) -> tuple[Any, ...]:
+    """What there is of figures and tables that may be None."""
+    return tuple(thing for thing in things if thing is not None)
+
+
+def _check_panels(checks: Sequence[Check]) -> list[Panel]:
+    """The breakdowns of one check, or of several side by side, those without content left out."""
+    own = tuple(check_tables.page_table(check) for check in checks)
+    beside = (check_tables.side_by_side(checks),) if len(checks) > 1 else ()
+    panels = [
+        Panel(
+            name="by-offset",
+            title="By position offset",
+            figures=tuple(check_figures.offset_figures(checks)),
+            tables=beside + own,
+        )
+    ]
+    panels += [
+        Panel(
+            name=f"by-{kind}",
+            title=f"By {word}",
+            figures=_found(check_figures.breakdown_figure(checks, kind)),
+            tables=_found(check_tables.breakdown_table(checks, kind)),
+        )
+        for kind, (word, _) in check_tables.BREAKDOWNS.items()
+    ]
+    panels.append(
+        Panel(
+            name="by-slot",
+            title="By slot",
+            figures=_found(check_figures.survival_figure(checks), check_figures.slot_figure(checks)),
+            tables=_found(check_tables.slot_table(checks)),
+        )
+    )
+    return [panel for panel in panels if panel]
+
+
+def _parity_panels(parities: Sequence[Parity]) -> list[Panel]:
+    """A panel per parity; figures get names of their own."""
+    panels = []
+    for place, parity in enumerate(parities):
+        drawn = [
+            dataclasses.replace(item, name=f"{item.name}-{place}") for item in parity_figures.parity_figures(parity)
+        ]
+        panels.append(
+            Panel(
+                name=f"parity-{place}",
+                title=parity.label,
+                figures=tuple(drawn),
+                tables=tuple(parity_tables.parity_tables(parity)),
+            )
+        )
+    return panels
+
+
+def _training_figures(runs: Sequence[Run]) -> list[Figure]:
+    """The loss of every run, and the accuracy by slot of each."""
+    if not runs:
+        return []
+    slots = [
+        run_figures.slot_figure(
+            run,
+            name=f"slots-{place}",
+            title="Accuracy by slot" if len(runs) == 1 else f"Accuracy by slot: {run.label}",
+        )
+        for place, run in enumerate(runs)
+    ]
+    return [run_figures.loss_figure(runs), *_found(*slots)]
 
 
 def _context(records: Records, title: str | None) -> dict[str, Any]:
     """Everything the template shows, except code and style."""
     checks, decodes, runs = records.checks, records.decodes, records.runs
-    survival = [
-        figures.survival_figure(check, name=f"survival-{place}", title=_titled("Survival by slot", check, checks))
-        for place, check in enumerate(checks)
-    ]
-    slots = [
-        figures.slot_figure(run, name=f"slots-{place}", title=_titled("Accuracy by slot", run, runs))
-        for place, run in enumerate(runs)
-    ]
-    decode_figures = [figures.speed_figure(decodes)] if decodes else []
-    committed = figures.committed_figure(records.samples)
+    committed = run_figures.committed_figure(records.samples)
     samples = spread_by_tau(records.samples, count=MAX_SAMPLES)
-    context = {
-        "title": title or _heading(records),
-        "verdict": verdict.write_verdict(records),
-        "tile_groups": _tile_groups(records),
-        "offset_figures": figures.offset_figures(checks),
-        "survival_figures": [figure for figure in survival if figure],
-        "check_tables": [tables.page_table(check) for check in checks],
-        "training_figures": [figures.loss_figure(runs), *(figure for figure in slots if figure)] if runs else [],
-        "decode_figures": decode_figures + ([committed] if committed else []),
-        "decode_table": tables.decode_table(decodes) if decodes else None,
+    heading = title or _heading(records)
+    context: dict[str, Any] = {
+        "title": heading,
+        "alarms": alarms(records),
+        "verdict": write_verdict(records),
+        "markdown": render_markdown(records, title=heading),
+        "parity_panels": _parity_panels(records.parities),
+        "comparison_figures": _found(check_figures.comparison_figure(records.comparisons)),
+        "comparison_tables": [check_tables.comparison_table(records.comparisons)] if records.comparisons else [],
+        "group_figures": check_figures.group_figures(checks) if checks else [],
+        "check_panels": _check_panels(checks) if checks else [],
+        "training_figures": _training_figures(runs),
+        "training_tables": [tables.run_table(run) for run in runs if run.records],
+        "decode_figures": _found(committed),
+        "decode_tables": [tables.decode_table(decodes)] if decodes else [],
         "samples": [_shown_sample(sample) for sample in samples],
         "samples_note": f"{len(samples)} of {len(records.samples):,} prompts, evenly spaced by tau, highest first.",
-        "artefacts": _artefacts(records),
+        "artefacts": artefacts(records),
         "glossary": GLOSSARY,
     }
     sections = {
-        "verdict": ("In short", context["verdict"] or context["tile_groups"]),
+        "verdict": ("In short", context["verdict"]),
+        "parity": ("Positional parity", records.parities),
+        "comparison": ("Comparison", records.comparisons),
         "check": ("Offline check", checks),
         "training": ("Training", runs),
-        "decode": ("Decoding", context["decode_figures"]),
+        "decode": ("Decoding", decodes or context["decode_figures"]),
         "samples": ("Text by block", samples),
         "run": ("What was run", context["artefacts"]),
         "words": ("Words and estimators", GLOSSARY),
     }
     return context | {"sections": {name: heading for name, (heading, content) in sections.items() if content}}
+
+
+def _has_figures(context: dict[str, Any]) -> bool:
+    """Whether anything is to be drawn."""
+    named = ("comparison_figures", "group_figures", "training_figures", "decode_figures")
+    panels = context["parity_panels"] + context["check_panels"]
+    return any(context[name] for name in named) or any(panel.figures for panel in panels)
 
 
 def _policy(scripts: Sequence[str]) -> str:
@@ -190,6 +213,11 @@ def _policy(scripts: Sequence[str]) -> str:
     return f"default-src 'none'; script-src {allowed}; {rest}"
 
 
+def pack(code: str) -> str:
+    """A script as base64 of gzip, which the page's own script unpacks: 2.0 MB in place of plotly's 4.8."""
+    return base64.b64encode(gzip.compress(code.encode(), compresslevel=9, mtime=0)).decode()
+
+
 def render_page(records: Records, *, title: str | None) -> tuple[str, list[str]]:
     """The page's HTML, and the names of its sections in order."""
     folder = resources.files("dflash_jax.report") / "assets"
@@ -197,21 +225,18 @@ def render_page(records: Records, *, title: str | None) -> tuple[str, list[str]]
         (folder / name).read_text(encoding="utf-8") for name in ("page.css", "page.js", "page.html.jinja")
     )
     context = _context(records, title)
-    has_figures = any(
-        context[name] for name in ("offset_figures", "survival_figures", "training_figures", "decode_figures")
-    )
+    has_figures = _has_figures(context)
     plotly_js = plotly.offline.get_plotlyjs()
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters["visible"] = _visible
+    environment.filters |= {"visible": _visible, "with_code": _with_code}
     made = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
     page = environment.from_string(template).render(
         **context,
         css=markupsafe.Markup(css),
         script=markupsafe.Markup(script),
-        plotly=markupsafe.Markup(plotly_js),
-        has_figures=has_figures,
+        plotly=markupsafe.Markup(pack(plotly_js)) if has_figures else None,
         policy=_policy([plotly_js, script] if has_figures else [script]),
         meta=f"dflash-jax {dflash_jax.__version__}, page made {made}; it is one file and works offline.",
     )
@@ -219,15 +244,23 @@ def render_page(records: Records, *, title: str | None) -> tuple[str, list[str]]
 
 
 def write_report(config: ReportConfig) -> dict[str, Any]:
-    """Write the page atomically.
+    """Write the page, or the Markdown, atomically.
 
     Returns:
-        `report` (its path), `bytes` (its size) and `sections` (their names, in order).
+        `report` (its path; None where there is no `out`), `bytes` (its size), `sections` (of a page: their names, in
+        order), and `markdown` (the text) where there is no `out`.
 
     Raises:
         InputError: an input is missing, of no known kind, or broken; nothing is written then.
     """
-    page, sections = render_page(read_records(config.inputs), title=config.title)
+    records = read_records(config.inputs)
+    if config.format == "md":
+        text, sections = render_markdown(records, title=config.title or _heading(records)), []
+    else:
+        text, sections = render_page(records, title=config.title)
+    result = {"report": None, "bytes": len(text.encode()), "sections": sections}
+    if config.out is None:
+        return result | {"markdown": text}
     with atomic_file(config.out) as temporary:
-        temporary.write_text(page, encoding="utf-8")
-    return {"report": str(config.out), "bytes": len(page.encode()), "sections": sections}
+        temporary.write_text(text, encoding="utf-8")
+    return result | {"report": str(config.out)}

@@ -2,115 +2,11 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
 
-from dflash_jax.report.records import Bucket, Check, Decode, Records, Run
-from dflash_jax.report.tables import difference_text
-
-Mark = Literal["good", "warn", "bad", "info"]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Sentence:
-    """One line of the verdict. `lead` names what it is about."""
-
-    mark: Mark
-    lead: str
-    text: str
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Tile:
-    """One key number: its name, its value as shown, and a line under it."""
-
-    name: str
-    value: str
-    under: str
-    mark: Mark = "info"
-
-
-def broken_offsets(check: Check) -> list[int]:
-    """Offsets whose accept_len differs from offset 0's: the paired 95 % interval of the difference leaves out 0."""
-    return [offset for offset, item in check.differences.items() if item.ci95 is not None and 0.0 not in item.ci95]
-
-
-def _acceptance(check: Check) -> Sentence:
-    """How much is accepted on held-out prompts, and whether that is a gain."""
-    main, replay = check.main, check.main.replay
-    drafted = f"accepts {main.accept_len_mean:.2f} of {check.block_size - 1} drafted tokens per anchor"
-    if main.accept_len_ci95:
-        drafted += f" (95 % {main.accept_len_ci95.low:.2f} to {main.accept_len_ci95.high:.2f})"
-    if replay is None:
-        return Sentence(mark="info", lead=check.group, text=f"the target {drafted}.")
-    tau = f"{replay.tau_micro:.2f} tokens per pass"
-    gain = replay.tau_micro > 1
-    if replay.tau_ci95:
-        tau += f" (95 % {replay.tau_ci95.low:.2f} to {replay.tau_ci95.high:.2f})"
-        gain = replay.tau_ci95.low > 1
-    text = f"the target commits {tau} where plain decoding commits 1; over all anchors it {drafted}."
-    if not check.unseen and check.seen:
-        text += " No held-out prompt was checked, so this may be memory, not skill."
-        return Sentence(mark="warn", lead=check.group, text=text)
-    return Sentence(mark="good" if gain else "warn", lead=check.group, text=text)
-
-
-def _trained(check: Check) -> Sentence | None:
-    """The drafter against an untrained one."""
-    untrained = check.untrained
-    if untrained is None:
-        return None
-    text = f"an untrained drafter of the same shape has accept_len {untrained.accept_len_mean:.2f}"
-    better = check.main.accept_len_mean > untrained.accept_len_mean
-    if check.main.accept_len_ci95 and untrained.accept_len_ci95:
-        better = check.main.accept_len_ci95.low > untrained.accept_len_ci95.high
-    if untrained.replay:
-        text += f" and commits {untrained.replay.tau_micro:.2f} tokens per pass"
-    text += f"; this one has {check.main.accept_len_mean:.2f}, " + (
-        "clearly more." if better else "which is not clearly more."
-    )
-    return Sentence(mark="good" if better else "bad", lead="Learned", text=text)
-
-
-def _offsets(check: Check) -> Sentence | None:
-    """Positional parity: paired differences to offset 0."""
-    if not check.differences:
-        if len(check.by_offset) < 2:
-            return None
-        text = "this check has no paired differences, so whether the offsets agree is not decided here."
-        return Sentence(mark="info", lead="Offsets", text=text)
-    broken = broken_offsets(check)
-    if broken:
-        named = "; ".join(f"{offset:,}: {difference_text(check.differences[offset])}" for offset in broken)
-        text = f"accept_len differs from offset 0's on the same tokens (paired difference, 95 % interval): {named}."
-        return Sentence(mark="bad", lead="Positional parity is broken", text=text)
-    widest = max((max(abs(d.ci95.low), abs(d.ci95.high)) for d in check.differences.values() if d.ci95), default=None)
-    if any(difference.ci95 is None for difference in check.differences.values()) or widest is None:
-        return Sentence(
-            mark="info", lead="Offsets", text="a difference has no interval, so parity is not decided here."
-        )
-    largest = max(check.differences, key=lambda offset: abs(check.differences[offset].mean))
-    text = (
-        f"every offset equals offset 0 within its 95 % interval; the largest paired difference is"
-        f" {check.differences[largest].mean:+.3f} (at {largest:,}), and one beyond ±{widest:.3f} is excluded."
-    )
-    return Sentence(mark="good", lead="Positional parity holds", text=text)
-
-
-def _memory(check: Check) -> Sentence | None:
-    """Seen against unseen prompts."""
-    if check.seen is None or check.unseen is None:
-        return None
-    seen, unseen = check.seen, check.unseen
-    text = (
-        f"accept_len is {seen.accept_len_mean:.2f} on prompts it was trained on and {unseen.accept_len_mean:.2f} on"
-        f" held-out ones ({_prompts(seen)} and {_prompts(unseen)} prompts)."
-    )
-    return Sentence(mark="info", lead="Seen and unseen", text=text)
-
-
-def _prompts(bucket: Bucket) -> str:
-    """A group's number of prompts."""
-    return "?" if bucket.num_prompts is None else f"{bucket.num_prompts:,}"
+from dflash_jax.report import check_tables, check_verdict, parity_verdict
+from dflash_jax.report.records import Records
+from dflash_jax.report.run_record import Decode, Run
+from dflash_jax.report.sentences import Mark, Sentence, Tile
 
 
 def _equality(decode: Decode) -> Sentence | None:
@@ -138,56 +34,24 @@ def _speed(decode: Decode) -> Sentence:
     return Sentence(mark="good" if decode.speedup > 1 else "warn", lead="Speed", text=text)
 
 
-def _training(run: Run) -> Sentence | None:
-    """Only a curve that diverged is worth a sentence here."""
+def _training(run: Run) -> Sentence:
+    """How the loss went, or where it diverged."""
     broken = next((step.step for step in run.steps if step.loss is None), None)
-    if broken is None:
-        return None
-    return Sentence(
-        mark="bad", lead="Training diverged", text=f"the loss of {run.label} is not finite at step {broken:,}."
-    )
+    if broken is not None:
+        text = f"the loss of {run.label} is not finite at step {broken:,}."
+        return Sentence(mark="bad", lead="Training diverged", text=text)
+    first, last = run.steps[0], run.steps[-1]
+    text = f"the loss of {run.label} went from {first.loss:.2f} to {last.loss:.2f} in {last.step:,} steps"
+    text += f"; the last batch's accuracy is {last.accuracy:.1%}" if last.accuracy is not None else ""
+    text += ". A training loss says nothing about prompts not trained on: `dflash-jax check` does."
+    return Sentence(mark="info", lead="Training", text=text)
 
 
-def write_verdict(records: Records) -> list[Sentence]:
-    """The sentences, most important first; each names its record where there are several of the kind."""
-
-    def named(sentence: Sentence | None, label: str, number: int) -> Iterator[Sentence]:
-        if sentence:
-            lead = sentence.lead if number == 1 else f"{label}: {sentence.lead}"
-            yield Sentence(mark=sentence.mark, lead=lead, text=sentence.text)
-
-    sentences: list[Sentence] = []
-    for check in records.checks:
-        for about in (_acceptance, _trained, _offsets, _memory):
-            sentences += named(about(check), check.label, len(records.checks))
-    for decode in records.decodes:
-        for say in (_equality, _speed):
-            sentences += named(say(decode), decode.label, len(records.decodes))
-    for run in records.runs:
-        sentences += named(_training(run), run.label, len(records.runs))
-    return sentences
-
-
-def check_tiles(check: Check) -> list[Tile]:
-    """A check's key numbers."""
-    main = check.main
-    tiles: list[Tile] = []
-    if main.replay:
-        interval = main.replay.tau_ci95
-        under = f"95 % {interval.low:.2f} to {interval.high:.2f}" if interval else "micro, along the chain"
-        tiles.append(Tile(name=f"replay tau, {check.group.lower()}", value=f"{main.replay.tau_micro:.2f}", under=under))
-    interval = main.accept_len_ci95
-    under = f"95 % {interval.low:.2f} to {interval.high:.2f}" if interval else f"of {check.block_size - 1} drafted"
-    tiles.append(Tile(name="accept_len, all anchors", value=f"{main.accept_len_mean:.2f}", under=under))
-    tiles.append(
-        Tile(name="token_acc", value=f"{main.token_acc_mean:.1%}", under=f"of {check.block_size - 1} drafted slots")
-    )
-    if check.differences:
-        holding = len(check.differences) - len(broken_offsets(check))
-        mark: Mark = "good" if holding == len(check.differences) else "bad"
-        value = f"{holding} of {len(check.differences)}"
-        tiles.append(Tile(name="offsets at parity with 0", value=value, under="paired differences", mark=mark))
-    return tiles
+def alarms(records: Records) -> list[Sentence]:
+    """What stands above everything else."""
+    found = [check_verdict.alarm(check) for check in records.checks]
+    found += [parity_verdict.alarm(parity) for parity in records.parities]
+    return [sentence for sentence in found if sentence]
 
 
 def decode_tiles(decode: Decode) -> list[Tile]:
@@ -217,4 +81,54 @@ def run_tiles(run: Run) -> list[Tile]:
     ]
     if last.accuracy is not None:
         tiles.append(Tile(name="training accuracy", value=f"{last.accuracy:.1%}", under=f"at step {last.step:,}"))
+    tiles.append(
+        Tile(name="drafters kept", value=f"{len(run.records):,}", under=", ".join(list(run.records)[-2:]) or "none")
+    )
     return tiles
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Group:
+    """What is said of one record, or of all of them where no kind occurs twice (the heading is then empty)."""
+
+    heading: str
+    sentences: tuple[Sentence, ...]
+    tiles: tuple[Tile, ...]
+
+
+def _decode_sentences(decode: Decode) -> list[Sentence]:
+    """Everything to be said about one decode record."""
+    return [sentence for sentence in (_equality(decode), _speed(decode)) if sentence]
+
+
+def _checks_together(records: Records) -> Iterator[Group]:
+    """What several checks say together."""
+    said = [check_verdict.comparison_sentence(item) for item in records.comparisons]
+    if apart := check_verdict.side_by_side_sentence(records.checks, records.comparisons):
+        said.append(apart)
+    if said:
+        yield Group(heading="Comparison", sentences=tuple(said), tiles=())
+
+
+def _of_each(records: Records) -> Iterator[Group]:
+    """A group per record."""
+    for parity in records.parities:
+        sentences, tiles = parity_verdict.parity_sentences(parity), parity_verdict.parity_tiles(parity)
+        yield Group(heading=parity.label, sentences=tuple(sentences), tiles=tuple(tiles))
+    yield from _checks_together(records)
+    for name, check in zip(check_tables.lettered_labels(records.checks), records.checks, strict=True):
+        sentences, tiles = check_verdict.check_sentences(check), check_verdict.check_tiles(check)
+        yield Group(heading=name, sentences=tuple(sentences), tiles=tuple(tiles))
+    for decode in records.decodes:
+        yield Group(heading=decode.label, sentences=tuple(_decode_sentences(decode)), tiles=tuple(decode_tiles(decode)))
+    for run in records.runs:
+        yield Group(heading=run.label, sentences=(_training(run),), tiles=tuple(run_tiles(run)))
+
+
+def write_verdict(records: Records) -> list[Group]:
+    """What the records say, most important first: one group where no kind of record occurs twice, else one for each."""
+    groups = list(_of_each(records))
+    if max(map(len, (records.parities, records.checks, records.decodes, records.runs))) > 1 or not groups:
+        return groups
+    sentences = tuple(sentence for group in groups for sentence in group.sentences)
+    return [Group(heading="", sentences=sentences, tiles=tuple(tile for group in groups for tile in group.tiles))]
