@@ -157,6 +157,16 @@ def _check() -> Parts:
     return CheckConfig, _with_bar("check", check)
 
 
+def _parity() -> Parts:
+    from dflash_jax.parity import ParityConfig, parity
+
+    return ParityConfig, _with_bar("parity", parity)
+
+
+def _parity_holds(result: Mapping[str, Any]) -> bool:
+    return result["verdict"] != "broken" and result["cause_id"] in (None, "memorisation")
+
+
 def _decode() -> Parts:
     from dflash_jax.generate import DecodeConfig, decode_prompts
 
@@ -199,6 +209,12 @@ COMMANDS = (
     ),
     Command(name="train", summary="a feature cache to a drafter", load=_train),
     Command(name="check", summary="offline accept check, by position offset", load=_check),
+    Command(
+        name="parity",
+        summary="positional parity: a verdict per offset, and the cause where it breaks",
+        load=_parity,
+        holds=_parity_holds,
+    ),
     Command(
         name="decode",
         summary="text with the drafter; --compare: equal to plain decoding, and how much faster",
