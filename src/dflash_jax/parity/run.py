@@ -13,6 +13,7 @@ from dflash_jax.parity.cause import Cause, Exchange, engine_cause, exchange, pro
 from dflash_jax.parity.chain import Chain, Outcome
 from dflash_jax.parity.config import DEFAULT_OFFSETS, ParityConfig
 from dflash_jax.parity.engine import Engine, check_positions
+from dflash_jax.parity.examine import MATCH
 from dflash_jax.parity.measure import (
     Measured,
     as_results,
@@ -27,6 +28,8 @@ from dflash_jax.parity.verdict import Difference, judge, worst
 DIAGNOSIS_PROMPTS = 32
 """Texts on which links are exchanged: finding a cause needs fewer than bounding a difference."""
 _EXAMINED = 4
+_LITTLE = 5
+"""A reference of fewer margins than this has hardly anything to lose."""
 
 
 def _open_engine_cache(config: ParityConfig, drafter: DrafterConfig) -> tuple[Cache | None, list[str]]:
@@ -163,6 +166,23 @@ def _split(
     )
 
 
+def _doubts(rows: Mapping[int, Mapping[str, Any]], reference: Mapping[str, Any], margin: float) -> list[str]:
+    """Where a verdict says less than it seems to."""
+    lines = []
+    if reference["accept_len_mean"] < _LITTLE * margin:
+        lines.append(
+            f"the reference accepts {reference['accept_len_mean']:.3f} tokens, little more than the margin of {margin:g}, so "
+            "there is hardly anything to lose and *holds* says little: compare prompts on which the drafter works"
+        )
+    far = [f"{offset:,}" for offset, row in rows.items() if row["verdict"] != "broken" and row["feature_drift"] > MATCH]
+    if far:
+        lines.append(
+            f"the target's features are far off at offset {', '.join(far)}, whatever accept_len says: the engine does "
+            "not compute the target that is checked here"
+        )
+    return lines
+
+
 def _warnings(seen: Any, unseen: Any, training: Training, *, whole: bool) -> list[str]:
     lines = []
     if training.prompts is None:
@@ -223,7 +243,11 @@ def _report(
     if cause.cause_id is None:
         cause = memory_cause(seen, unseen, training)
     near = as_results(measured.texts, measured.engine[engine.near], measured.reference, whole=whole, offset=engine.near)
-    warnings = warnings + _warnings(seen, unseen, training, whole=whole)
+    warnings = [
+        *warnings,
+        *_warnings(seen, unseen, training, whole=whole),
+        *_doubts(rows, reference, config.margin),
+    ]
     return {
         "verdict": worst([row["verdict"] for row in rows.values()]),
         "cause": cause.sentence,
