@@ -1,14 +1,15 @@
 """Plan, inputs, and what a build does with them."""
 
 import json
+from itertools import combinations
 
 import ml_dtypes
 import numpy as np
 import pytest
 
 from dflash_jax.cache import CacheBuildConfig, open_cache
-from dflash_jax.cache.build import first_not_finite
-from dflash_jax.cache.plan import plan_batches, plan_shards
+from dflash_jax.cache.features import first_not_finite
+from dflash_jax.cache.plan import choose_lengths, group_prompts, plan_batches, plan_shards, stored_order
 from dflash_jax.core import InputError
 from support import toy_cache
 
@@ -19,25 +20,94 @@ def test_batches_by_hand():
     assert [(rows.tolist(), *shape) for rows, *shape in batches] == [([1], 1, 192), ([3, 2], 2, 128), ([0], 1, 64)]
 
 
-def test_compiled_lengths_are_few():
-    # after 1280, the bucket of 1216 is not short enough for a compile of its own, 1152 is (1152 <= 0.9 * 1280)
-    lengths = np.array([1280, 1200, 1152, 1100])
-    assert [shape for _, _, shape in plan_batches(lengths, tokens_per_batch=1280)] == [1280, 1280, 1152, 1152]
-    every = plan_batches(np.arange(1, 8193), tokens_per_batch=16384)
-    assert len({shape for _, _, shape in every}) <= 32
-    padded, real = sum(rows * length for _, rows, length in every), 8192 * 8193 // 2
-    assert padded / real < 1.07
+def test_compiled_lengths_by_hand():
+    lengths = np.array([130, 70, 60])  # 1, 2 or 4 rows a batch
+    choose = lambda tokens_per_shape, copies=1: choose_lengths(
+        lengths, tokens_per_batch=256, copies=copies, tokens_per_shape=tokens_per_shape
+    )
+    assert choose(0) == [192, 128, 64]  # 192 + 128 + 64 = 384
+    assert choose(200) == [192]  # 3 * 192 + 200 = 776; [192, 128] 448 + 400; all 384 + 600
+    assert choose(200, copies=4) == [192, 128, 64]  # 4 * 384 + 600 = 2136; 4 * 576 + 200; 4 * 448 + 400 = 2192
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_chosen_lengths_cost_least_of_all(seed):
+    draw = np.random.default_rng(seed)
+    lengths = -np.sort(-draw.integers(1, 500, 23))
+    buckets = sorted({-(-int(length) // 64) * 64 for length in lengths}, reverse=True)
+
+    def cost(choices):
+        total, first = 300 * len(choices), 0
+        for shorter, length in zip([*choices[1:], 0], choices, strict=True):
+            held = sum(shorter < bucket <= length for bucket in (-(-lengths // 64) * 64).tolist())
+            rows = 1
+            while rows * 2 * length <= 1024 and rows < held:
+                rows *= 2
+            total += -(-held // rows) * rows * length * 2
+            first += held
+        assert first == len(lengths)
+        return total
+
+    found = choose_lengths(lengths, tokens_per_batch=1024, copies=2, tokens_per_shape=300)
+    every = [[buckets[0], *rest] for n in range(len(buckets)) for rest in combinations(buckets[1:], n)]
+    assert cost(found) == min(cost(choices) for choices in every)
+
+
+def test_small_builds_compile_few_shapes():
+    # the prompts of the demo: a hundred and some of 100 to 290 tokens took five shapes once, each as dear as a batch
+    lengths = np.random.default_rng(0).integers(100, 290, 128)
+    batches = plan_batches(lengths, tokens_per_batch=4096, tokens_per_shape=4096)
+    assert len({tuple(shape) for _, *shape in batches}) <= 2
+    lengths = np.random.default_rng(0).integers(100, 1270, 20000)
+    batches = plan_batches(lengths, tokens_per_batch=4096, tokens_per_shape=int(0.01 * lengths.sum()))
+    assert len({tuple(shape) for _, *shape in batches}) <= 10
+    assert sum(rows * length for _, rows, length in batches) < 1.11 * lengths.sum()
+
+
+def test_last_batch_keeps_a_compiled_shape_unless_another_pays():
+    lengths = np.full(17, 64)
+    shapes = lambda tokens_per_shape: [
+        shape for _, *shape in plan_batches(lengths, tokens_per_batch=1024, tokens_per_shape=tokens_per_shape)
+    ]
+    assert shapes(1024) == [[16, 64], [16, 64]]
+    assert shapes(900) == [[16, 64], [1, 64]]
+
+
+def test_prompts_are_grouped_longest_first():
+    group = lambda hashes, prompt_len, most: group_prompts(
+        np.array([5, 9, 7, 9, 4]), np.array(prompt_len, np.int32), np.array(hashes, np.uint64), most=most
+    )
+    assert group([1, 1, 1, 2, 1], [3] * 5, 9) == {1: [2, 0, 4], 3: []}
+    assert group([1, 1, 1, 2, 1], [3] * 5, 2) == {1: [2], 3: [], 0: [4]}
+    assert group([1, 1, 1, 1, 1], [3, 3, 2, 3, 3], 9) == {1: [3, 0, 4], 2: []}  # equal hashes, other lengths
+    assert group([1] * 5, [3] * 5, 1) == {1: [], 3: [], 2: [], 0: [], 4: []}
+
+
+def no_groups(lengths):
+    return {"prompt_len": np.ones(len(lengths), np.int32), "groups": {row: [] for row in range(len(lengths))}}
 
 
 @pytest.mark.parametrize("seed", range(5))
 def test_plan_holds_every_sequence_once_per_offset_within_its_limits(seed):
     draw = np.random.default_rng(seed)
-    lengths = draw.integers(1, 400, 83)
-    shards = plan_shards(lengths, position_offsets=(7, 0, 4096), tokens_per_batch=1000, tokens_per_shard=3000)
+    lengths = draw.integers(2, 400, 83)
+    prompt_len = (draw.uniform(0, 1, 83) * (lengths - 1)).astype(np.int32) + 1
+    if seed:  # some prompts have several responses
+        hashes = draw.integers(0, 20, 83).astype(np.uint64)
+        prompt_len = np.minimum(prompt_len, [lengths[hashes == mine].min() - 1 for mine in hashes]).astype(np.int32)
+        prompt_len = np.array([prompt_len[hashes == mine].min() for mine in hashes], np.int32)
+        groups = group_prompts(lengths, prompt_len, hashes, most=3)
+    else:
+        groups = no_groups(lengths)["groups"]
+    shards = plan_shards(
+        lengths, prompt_len=prompt_len, groups=groups,
+        position_offsets=(7, 0, 4096), tokens_per_batch=1000, tokens_per_shard=3000,
+    )  # fmt: skip
     steps = [step for shard in shards for step in shard.steps]
     for offset in (7, 0, 4096):
+        parts = [part for step in steps if step.position_offset == offset for part in (step, *step.extensions)]
+        assert sorted(np.concatenate([part.rows for part in parts]).tolist()) == list(range(83))
         rows = np.concatenate([step.rows for step in steps if step.position_offset == offset])
-        assert sorted(rows.tolist()) == list(range(83))
         assert (np.diff(lengths[rows]) <= 0).all()
     for step in steps:
         assert step.padded_rows & (step.padded_rows - 1) == 0
@@ -45,14 +115,27 @@ def test_plan_holds_every_sequence_once_per_offset_within_its_limits(seed):
         assert len(step.rows) <= step.padded_rows
         assert lengths[step.rows].max() <= step.padded_length
         assert step.padded_rows * step.padded_length <= 1000
+        for extension in step.extensions:
+            assert len(extension.rows) <= step.padded_rows
+            assert (lengths - prompt_len)[extension.rows].max() <= extension.padded_length <= step.padded_length
+            assert all(groups[int(step.rows[source])].count(row) == 1
+                       for row, source in zip(extension.rows.tolist(), extension.sources, strict=True))  # fmt: skip
     assert [shard.file for shard in shards][:2] == ["shard-00000.safetensors", "shard-00001.safetensors"]
     for shard in shards:
-        assert shard.tokens == sum(int(lengths[step.rows].sum()) for step in shard.steps) <= 3000
-        assert shard.sequences == sum(len(step.rows) for step in shard.steps)
+        order = stored_order(shard)
+        stored = lengths[order.rows] - np.where(order.source < 0, 0, prompt_len[order.rows])
+        assert shard.tokens == stored.sum() <= 3000
+        assert shard.sequences == len(order.rows)
+        shared = order.source >= 0
+        assert (order.source[shared] < np.flatnonzero(shared)).all()
+        assert (order.position_offset[order.source[shared]] == order.position_offset[shared]).all()
 
 
 def test_batch_larger_than_a_shard_has_its_own():
-    shards = plan_shards(np.array([50, 40]), position_offsets=(0, 1), tokens_per_batch=1, tokens_per_shard=10)
+    lengths = np.array([50, 40])
+    shards = plan_shards(
+        lengths, **no_groups(lengths), position_offsets=(0, 1), tokens_per_batch=1, tokens_per_shard=10
+    )
     assert [shard.tokens for shard in shards] == [50, 50, 40, 40]
 
 
@@ -182,8 +265,8 @@ def test_bad_settings(tmp_path, changes, message):
 
 def test_unknown_features_dtype(tmp_path):
     config = toy_cache.toy_config(tmp_path)
-    object.__setattr__(config, "features", "int8")  # the test hook's type check would not let it in
-    with pytest.raises(InputError, match="--features is 'int8': choose bfloat16 or float32"):
+    object.__setattr__(config, "features", "int3")  # the test hook's type check would not let it in
+    with pytest.raises(InputError, match="--features is 'int3': choose one of bfloat16, float32, int8, float8"):
         config.__post_init__()
 
 

@@ -13,12 +13,15 @@ import sys
 import threading
 from pathlib import Path
 
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from dflash_jax.cache import CacheBuildConfig, build_cache
+from dflash_jax.cache.features import store_features
+from dflash_jax.cache.forward import Captured
 from dflash_jax.cache.manifest import write_manifest
 from dflash_jax.core import sha256_file
 
@@ -85,8 +88,38 @@ def toy_capture(tokens, lengths, position_offset):
     return features, ((tokens * 5 + place) % VOCAB).astype(np.int32)
 
 
+class ToyCapture:
+    """A `Capture` made of a function of tokens, lengths and offsets; it remembers the tokens it was given."""
+
+    def __init__(self, function, layout):
+        self.function, self.layout = function, layout
+
+    def start(self, tokens, lengths, position_offset, *, keep):
+        features, next_ids = self.function(tokens, lengths, position_offset)
+        return self._captured(features, next_ids), (tokens, position_offset) if keep else None
+
+    def extend(self, memory, sources, starts, tokens):
+        whole, offsets, count = memory[0][sources].copy(), memory[1][sources], tokens.shape[1]
+        for row, start in enumerate(starts):
+            whole[row, start : start + count] = tokens[row]
+        features, next_ids = self.function(whole, starts + count, offsets)
+        rows, places = np.arange(len(sources))[:, None], starts[:, None] + np.arange(count)
+        return self._captured(features[rows, places], next_ids[rows, places])
+
+    def _captured(self, features, next_ids):
+        if not self.layout.quantised:  # without jax, whose start would take most of the time of a build that is killed
+            scales = np.zeros((*next_ids.shape, 0), ml_dtypes.bfloat16)
+            return Captured(
+                features=features.astype(self.layout.numpy_dtype), feature_scales=scales, next_ids=next_ids
+            )
+        stored, scales = store_features(jnp.asarray(features), self.layout)
+        return Captured(features=np.asarray(stored), feature_scales=np.asarray(scales), next_ids=next_ids)
+
+
 def build_toy(folder, *, capture=toy_capture, fingerprint=FINGERPRINT, progress=None, **changes):
-    return build_cache(toy_config(folder, **changes), fingerprint=fingerprint, capture=capture, progress=progress)
+    config = toy_config(folder, **changes)
+    capture = ToyCapture(capture, config.feature_layout(HIDDEN))
+    return build_cache(config, fingerprint=fingerprint, capture=capture, progress=progress)
 
 
 def shard_bytes(cache):

@@ -6,23 +6,29 @@ the responses, the target and the settings alone. The format is in docs/cache-fo
 """
 
 from dflash_jax.cache.batch import HostBatch, stack_on_host, stack_sequences
-from dflash_jax.cache.build import BuildProgress, Capture, build_cache
+from dflash_jax.cache.build import BuildProgress, build_cache
 from dflash_jax.cache.capture import build
 from dflash_jax.cache.config import CacheBuildConfig
+from dflash_jax.cache.features import FeatureLayout
+from dflash_jax.cache.forward import Capture
 from dflash_jax.cache.manifest import check_fingerprint
 from dflash_jax.cache.reader import Cache, Sequence, open_cache
 from dflash_jax.cache.responses import Responses, hash_prompt, read_responses
 from dflash_jax.cache.source import sequence_source
 from dflash_jax.cache.verify import cache_info, verify_cache
+from dflash_jax.cache.writer import NewCache, TextGroup, write_cache
 
 __all__ = [
     "BuildProgress",
     "Cache",
     "CacheBuildConfig",
     "Capture",
+    "FeatureLayout",
     "HostBatch",
+    "NewCache",
     "Responses",
     "Sequence",
+    "TextGroup",
     "build",
     "build_cache",
     "cache_info",
@@ -34,4 +40,5 @@ __all__ = [
     "stack_on_host",
     "stack_sequences",
     "verify_cache",
+    "write_cache",
 ]

@@ -1,20 +1,26 @@
 """The forward of a build: the target itself."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import equinox as eqx
-import jax.numpy as jnp
+import jax
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, Int32
+from jaxtyping import Array, Float, Int32, Shaped
 
 from dflash_jax.cache.build import BuildProgress, CacheBuildConfig, build_cache, resolve_layers
+from dflash_jax.cache.features import FeatureLayout, store_features
+from dflash_jax.cache.forward import Captured
 from dflash_jax.core import mesh_shape
 from dflash_jax.targets import (
+    KVCache,
     Target,
+    TargetOutput,
+    extend,
     load_target,
     next_ids,
     open_mesh,
@@ -25,19 +31,45 @@ from dflash_jax.targets import (
     whole_axes,
 )
 
+Stored = tuple[
+    Shaped[Array, "batch seq features"], Float[Array, "batch seq scales"], Int32[Array, "batch seq"], KVCache | None
+]
+
+
+def _store(target: Target, output: TargetOutput, layout: FeatureLayout, *, keep: bool) -> Stored:
+    stored, scales = store_features(output.features, layout)
+    return stored, scales, next_ids(target, output.hidden), output.kv if keep else None
+
 
 @eqx.filter_jit
-def _forward(
+def _start(
     target: Target,
     tokens: Int32[Array, "batch seq"],
     lengths: Int32[Array, " batch"],
     position_offset: Int32[Array, " batch"],
     capture_layers: tuple[int, ...],
-    features_dtype: str,
-) -> tuple[Float[Array, "batch seq features"], Int32[Array, "batch seq"]]:
+    layout: FeatureLayout,
+    keep: bool,
+) -> Stored:
     """Features as they are stored, and next_ids, of a padded batch. One compile per shape."""
     output = prefill(target, tokens, lengths=lengths, position_offset=position_offset, capture_layers=capture_layers)
-    return output.features.astype(jnp.dtype(features_dtype)), next_ids(target, output.hidden)
+    return _store(target, output, layout, keep=keep)
+
+
+@eqx.filter_jit
+def _extend(
+    target: Target,
+    kv: KVCache,
+    sources: Int32[Array, " batch"],
+    starts: Int32[Array, " batch"],
+    tokens: Int32[Array, "batch query"],
+    capture_layers: tuple[int, ...],
+    layout: FeatureLayout,
+) -> Stored:
+    """The same of tokens that continue the first `starts` rows of some sequences of a KV cache."""
+    layers = jax.tree_util.tree_map(lambda buffer: buffer[sources], kv.layers)
+    picked = KVCache(layers=layers, lengths=starts, position_offset=kv.position_offset[sources])
+    return _store(target, extend(target, picked, tokens, capture_layers=capture_layers), layout, keep=False)
 
 
 class TargetCapture:
@@ -48,24 +80,27 @@ class TargetCapture:
         folder: Path,
         *,
         capture_layers: tuple[int, ...],
-        features_dtype: str,
+        layout: FeatureLayout,
         rope: str = "exact",
         mesh: Mesh | None = None,
     ) -> None:
-        """Remember what to capture. `features_dtype` is that of the features on disk; the forward is float32."""
-        self._folder, self._capture_layers, self._features_dtype = folder, capture_layers, features_dtype
+        """Remember what to capture. `layout` is that of the features on disk; the forward is float32."""
+        self._folder, self._capture_layers, self._layout = folder, capture_layers, layout
         self._rope, self._mesh = rope, mesh
 
     @cached_property
-    def _target(self) -> Target:
+    def target(self) -> Target:
+        """The target, loaded when it is first needed."""
         return load_target(self._folder, rope=self._rope, mesh=self._mesh)
 
-    def __call__(
+    def start(
         self,
         tokens: Int32[np.ndarray, "batch seq"],
         lengths: Int32[np.ndarray, " batch"],
         position_offset: Int32[np.ndarray, " batch"],
-    ) -> tuple[Float[Array, "batch seq features"], Int32[Array, "batch seq"]]:
+        *,
+        keep: bool,
+    ) -> tuple[Captured, KVCache | None]:
         """Launch the forward of a batch; see `Capture`."""
         rows = len(tokens)
         fill = padded_rows(self._mesh, rows) - rows  # rows of one token that nobody looks at
@@ -77,10 +112,35 @@ class TargetCapture:
                 "position_offset": np.pad(position_offset, (0, fill)),
             },
         )
-        features, ids = _forward(
-            self._target, **given, capture_layers=self._capture_layers, features_dtype=self._features_dtype
+        *results, kv = _start(self.target, **given, capture_layers=self._capture_layers, layout=self._layout, keep=keep)
+        return _captured(results, rows), kv
+
+    def extend(
+        self,
+        memory: KVCache,
+        sources: Int32[np.ndarray, " batch"],
+        starts: Int32[np.ndarray, " batch"],
+        tokens: Int32[np.ndarray, "batch query"],
+    ) -> Captured:
+        """Launch the forward of an extension; see `Capture`."""
+        rows = len(tokens)
+        fill = padded_rows(self._mesh, rows) - rows
+        given = put_batch(
+            self._mesh,
+            {
+                "sources": np.pad(sources, (0, fill)),
+                "starts": np.pad(starts, (0, fill)),
+                "tokens": np.pad(tokens, ((0, fill), (0, 0))),
+            },
         )
-        return (features[:rows], ids[:rows]) if fill else (features, ids)
+        *results, _ = _extend(self.target, memory, **given, capture_layers=self._capture_layers, layout=self._layout)
+        return _captured(results, rows)
+
+
+def _captured(results: list[Any], rows: int) -> Captured:
+    """The first rows of a forward's results."""
+    features, scales, labels = (array if len(array) == rows else array[:rows] for array in results)
+    return Captured(features=features, feature_scales=scales, next_ids=labels)
 
 
 def build(
@@ -96,12 +156,16 @@ def build(
         progress: called after every batch.
     """
     target = read_target_config(config.target, rope=config.rope)
+    layers = resolve_layers(config, target.num_layers)
+    config = replace(config, capture_layers=layers)
+    if config.process_count is None:
+        config = replace(config, process_index=jax.process_index(), process_count=jax.process_count())
     # each of several processes builds shards of its own, with its own devices
     mesh = open_mesh(target, config.mesh, local=True)
     capture = TargetCapture(
         config.target,
-        capture_layers=resolve_layers(config, target.num_layers),
-        features_dtype=config.features,
+        capture_layers=layers,
+        layout=config.feature_layout(target.hidden_size),
         rope=config.rope,
         mesh=mesh,
     )

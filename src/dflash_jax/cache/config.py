@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
+from dflash_jax.cache.features import FEATURES_DTYPES, FeatureLayout, FeaturesDtype
 from dflash_jax.core import InputError, parse_mesh
 from dflash_jax.nn import check_rope_precision
 
@@ -24,8 +24,8 @@ class CacheBuildConfig:
     """0-based decoder layers whose outputs are stored, in this order; default: 4, evenly spaced."""
     position_offsets: tuple[int, ...] = (0,)
     """Absolute positions of a sequence's first token; every sequence is captured at each of them."""
-    features: Literal["bfloat16", "float32"] = "bfloat16"
-    """How a feature is stored."""
+    features: FeaturesDtype = "bfloat16"
+    """How a feature is stored; int8 and float8 have scales per token and take about half of bfloat16's bytes."""
     mesh: str = "data=1"
     """Devices to split the target over, such as data=2,model=4 (axes: data, expert, model); default: one device."""
     rope: str = "exact"
@@ -34,6 +34,12 @@ class CacheBuildConfig:
     """Most tokens in one forward, padding included (one sequence may be longer); bounds device memory."""
     tokens_per_shard: int = 65536
     """Most tokens in one shard file (one batch may be larger); bounds host memory to about three shards."""
+    share_prompts: bool = True
+    """Whether responses to one prompt compute and store it once."""
+    process_index: int | None = None
+    """Which of --process-count builders of this cache this is, from 0; default: what jax.distributed says."""
+    process_count: int | None = None
+    """How many processes build this cache together, each its own shards, to the bytes of one."""
 
     def __post_init__(self) -> None:
         """Check what can be checked without the target."""
@@ -46,13 +52,23 @@ class CacheBuildConfig:
             raise InputError(
                 f"--position-offsets is {_commas(offsets)!r}: name different positions from 0 to {MAX_POSITION}"
             )
-        if self.features not in ("bfloat16", "float32"):
-            raise InputError(f"--features is {self.features!r}: choose bfloat16 or float32")
+        if self.features not in FEATURES_DTYPES:
+            raise InputError(f"--features is {self.features!r}: choose one of {', '.join(FEATURES_DTYPES)}")
+        index, count = self.process_index, self.process_count
+        if (index is None) != (count is None) or (count is not None and not 0 <= (index or 0) < count):
+            raise InputError(
+                f"--process-index is {index}, --process-count is {count}: give both, the index from 0 to the count - 1"
+            )
         parse_mesh(self.mesh)
         check_rope_precision(self.rope)
         for name in ("tokens_per_batch", "tokens_per_shard"):
             if getattr(self, name) < 1:
                 raise InputError(f"--{name.replace('_', '-')} is {getattr(self, name)}: a positive number is needed")
+
+    def feature_layout(self, hidden_size: int) -> FeatureLayout:
+        """Return how features are stored; the capture layers must be resolved."""
+        assert self.capture_layers is not None
+        return FeatureLayout(num_layers=len(self.capture_layers), hidden_size=hidden_size, dtype=self.features)
 
 
 def _commas(numbers: tuple[int, ...]) -> str:
