@@ -39,8 +39,8 @@ def difference_interval(
     a, b = ({key: pair for key, pair in side.items() if pair[1] > 0} for side in (a, b))
     strata = (a.keys() & b.keys(), a.keys() - b.keys(), b.keys() - a.keys())
     totals = np.zeros((samples, 4))
-    for stratum in strata:
-        rows = np.array([[*a.get(key, none), *b.get(key, none)] for key in stratum]).reshape(-1, 4)
+    for stratum in filter(None, strata):
+        rows = np.array([[*a.get(key, none), *b.get(key, none)] for key in stratum])
         rows = rows[np.lexsort(rows.T)]
         totals += resample_prompts(len(rows), samples=samples, draw=draw) @ rows
     low, high = np.percentile(totals[:, 2] / totals[:, 3] - totals[:, 0] / totals[:, 1], [2.5, 97.5])
@@ -99,14 +99,14 @@ def _verdict(accept: dict[str, Any] | None, num_prompts: int) -> str:
     """What the interval of accept_len's difference allows to say."""
     if accept is None:
         return "nothing to compare: one side has no whole block"
-    low, high = accept["ci95"]
-    amount = f"{abs(accept['difference']):.3f} tokens of accept_len [{low:+.3f}, {high:+.3f}]"
+    (low, high), difference = accept["ci95"], accept["difference"]
     few = f" (only {num_prompts} prompts)" if num_prompts < FEW_PROMPTS else ""
     if low == high == 0:
         return f"a and b accept the same everywhere{few}"
     if low <= 0 <= high:
-        return f"no difference can be told: b minus a is {accept['difference']:+.3f} [{low:+.3f}, {high:+.3f}]{few}"
-    return f"{'b' if low > 0 else 'a'} accepts more, by {amount}{few}"
+        return f"no difference can be told: b minus a is {difference:+.3f} [{low:+.3f}, {high:+.3f}] of accept_len{few}"
+    more, ends = ("b", (low, high)) if low > 0 else ("a", (-high, -low))
+    return f"{more} accepts {abs(difference):.3f} [{ends[0]:.3f}, {ends[1]:.3f}] tokens more per block{few}"
 
 
 def compare(a: Sequence[SequenceResult], b: Sequence[SequenceResult], *, samples: int, seed: int) -> dict[str, Any]:

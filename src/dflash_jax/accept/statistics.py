@@ -56,7 +56,7 @@ def resample_prompts(
     prompts: int, *, samples: int, draw: np.random.Generator
 ) -> Int[np.ndarray, "{samples} {prompts}"]:
     """How often each prompt comes up in each resample of as many."""
-    return draw.multinomial(prompts, np.full(prompts, 1 / max(prompts, 1)), size=samples)
+    return draw.multinomial(prompts, np.full(prompts, 1 / prompts), size=samples)
 
 
 def _pair(numerators: np.ndarray, denominators: np.ndarray | int) -> Float[np.ndarray, " 2"]:

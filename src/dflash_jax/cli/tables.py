@@ -10,6 +10,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from dflash_jax.cli.check_tables import is_check, show_check
+from dflash_jax.cli.parity_tables import is_parity, show_parity
+
 MAX_SHOWN = 12
 """Most items of a list that are shown."""
 
@@ -31,10 +34,6 @@ def _text(value: Any) -> str:
     return str(value)
 
 
-def _is_check(value: Mapping[str, Any]) -> bool:
-    return "by_ctx_pos_start" in value and "accept_len_mean" in value
-
-
 def _rows(rows: Mapping[str, Mapping[str, Any]]) -> Table:
     """A table with a line per mapping; numbers line up at the right."""
     columns = list(dict.fromkeys(column for row in rows.values() for column in row))
@@ -54,6 +53,11 @@ def show(title: str, result: Mapping[str, Any], *, console: Console) -> None:
         result: the command's JSON document, or a part of it.
         console: where to print; it must not read markup, for results hold text from outside.
     """
+    for is_one, show_one in ((is_check, show_check), (is_parity, show_parity)):
+        if is_one(result):
+            console.print(title)
+            show_one(result, console=console)
+            return
     scalars = Table(show_header=False)
     scalars.add_column()
     scalars.add_column(overflow="fold")  # a hash or a path that ends in "…" is of no use
@@ -61,16 +65,11 @@ def show(title: str, result: Mapping[str, Any], *, console: Console) -> None:
     for name, value in result.items():
         if name not in parts:
             scalars.add_row(name, _text(value))
-    check = _is_check(result)
     # What matters most stands last, where the eye is: the demo ends with its check and the path of its page.
-    for name, part in sorted(parts.items(), key=lambda item: _is_check(item[1])) if not check else ():
+    for name, part in sorted(parts.items(), key=lambda item: is_check(item[1])):
         if all(isinstance(item, Mapping) for item in part.values()):
             console.print(name, _rows(part), sep="\n")
         else:
             show(name, part, console=console)
     if scalars.rows:
         console.print(title, scalars, sep="\n")
-    if check:
-        from dflash_jax.report import render_table
-
-        console.print(render_table(result))
