@@ -6,6 +6,7 @@ jaxtyping and safetensors.
 """
 
 from dflash_jax.targets.config import TargetConfig, default_capture_layers, read_target_config
+from dflash_jax.targets.cost import num_active_parameters, prefill_flops
 from dflash_jax.targets.decoder import KVCache, Target, TargetOutput, extend, next_ids, prefill
 from dflash_jax.targets.describe import describe_target
 from dflash_jax.targets.layout import stored_shapes, tensor_axes, tensor_shapes
@@ -23,9 +24,11 @@ __all__ = [
     "fingerprint",
     "load_target",
     "next_ids",
+    "num_active_parameters",
     "open_mesh",
     "padded_rows",
     "prefill",
+    "prefill_flops",
     "put_batch",
     "read_target_config",
     "stored_shapes",

@@ -7,6 +7,7 @@ from typing import Any
 
 from dflash_jax.core import MeshShape, split_axes
 from dflash_jax.targets.config import TargetConfig, default_capture_layers, read_target_config
+from dflash_jax.targets.cost import num_active_parameters
 from dflash_jax.targets.layout import tensor_axes, tensor_shapes
 from dflash_jax.targets.loading import checked_tensors, has_weights
 from dflash_jax.targets.sharding import check_mesh, weight_split, whole_axes
@@ -21,15 +22,6 @@ def _weights_per_device(config: TargetConfig, shape: MeshShape) -> int:
     for name, size in tensor_shapes(config).items():
         parts = math.prod(shape.along(over or ()) for over in weight_split(config, axes[name], shape))
         total += math.prod(size) // parts
-    return total
-
-
-def _active_parameters(config: TargetConfig) -> int:
-    """Parameters that a token meets: of the experts only those that work on it."""
-    axes, total = tensor_axes(config), 0
-    for name, size in tensor_shapes(config).items():
-        idle = axes[name][0] == "experts" and ".experts." in name
-        total += math.prod(size) * (config.experts_per_token if idle else 1) // (config.num_experts if idle else 1)
     return total
 
 
@@ -79,7 +71,7 @@ def describe_target(folder: Path, *, mesh: MeshShape | None = None, rope: str = 
         "family": config.architecture.removesuffix("ForCausalLM"),
         **asdict(config),
         "num_parameters": sum(math.prod(size) for size in tensor_shapes(config).values()),
-        "num_active_parameters": _active_parameters(config),
+        "num_active_parameters": num_active_parameters(config),
         "weight_bytes": None
         if stored is None
         else sum(file.stat().st_size for file in {t.file for t in stored.values()}),
