@@ -145,6 +145,18 @@ def _cache_verify() -> Parts:
     return CacheVerifyConfig, run
 
 
+def _cache_import() -> Parts:
+    from dflash_jax.interchange import CacheImportConfig, import_cache
+
+    return CacheImportConfig, _with_bar("cache import", import_cache)
+
+
+def _cache_export() -> Parts:
+    from dflash_jax.interchange import CacheExportConfig, export_cache
+
+    return CacheExportConfig, _with_bar("cache export", export_cache)
+
+
 def _train() -> Parts:
     from dflash_jax.train import TrainConfig, train
 
@@ -207,6 +219,8 @@ COMMANDS = (
         load=_cache_verify,
         holds=lambda result: result["ok"],
     ),
+    Command(name="cache import", summary="another tool's hidden states to a feature cache", load=_cache_import),
+    Command(name="cache export", summary="a feature cache to speculators' hidden states", load=_cache_export),
     Command(name="train", summary="a feature cache to a drafter", load=_train),
     Command(name="check", summary="offline accept check, by position offset", load=_check),
     Command(
