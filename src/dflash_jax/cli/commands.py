@@ -19,6 +19,10 @@ def _all_is_well(_: Mapping[str, Any]) -> bool:
     return True
 
 
+def _no_text(_: Result) -> str | None:
+    return None
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Command:
     """One command of the program."""
@@ -31,6 +35,10 @@ class Command:
     """Imports the room and gives its config class and function."""
     holds: Callable[[Mapping[str, Any]], bool] = _all_is_well
     """Whether a result is free of violations (exit 0) or not (exit 1)."""
+    markdown: Callable[[Mapping[str, Any]], str] | None = None
+    """The result as `--format md` prints it; None where the command has no such flag."""
+    text: Callable[[Result], str | None] = _no_text
+    """Takes out of a result what is printed in place of its table; None where there is nothing of the kind."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -197,6 +205,12 @@ def _demo() -> Parts:
     return DemoConfig, run_demo
 
 
+def _markdown(result: Mapping[str, Any]) -> str:
+    from dflash_jax.report import render_result
+
+    return render_result(result)
+
+
 def _tokens_equal(result: Mapping[str, Any]) -> bool:
     return result.get("tokens_equal") is not False
 
@@ -222,18 +236,25 @@ COMMANDS = (
     Command(name="cache import", summary="another tool's hidden states to a feature cache", load=_cache_import),
     Command(name="cache export", summary="a feature cache to speculators' hidden states", load=_cache_export),
     Command(name="train", summary="a feature cache to a drafter", load=_train),
-    Command(name="check", summary="offline accept check, by position offset", load=_check),
+    Command(name="check", summary="offline accept check, by position offset", load=_check, markdown=_markdown),
     Command(
         name="parity",
         summary="positional parity: a verdict per offset, and the cause where it breaks",
         load=_parity,
+        markdown=_markdown,
         holds=_parity_holds,
     ),
     Command(
         name="decode",
         summary="text with the drafter; --compare: equal to plain decoding, and how much faster",
         load=_decode,
+        markdown=_markdown,
         holds=_tokens_equal,
     ),
-    Command(name="report", summary="one self-contained HTML page", load=_report),
+    Command(
+        name="report",
+        summary="one self-contained HTML page, or Markdown",
+        load=_report,
+        text=lambda result: result.pop("markdown", None),
+    ),
 )

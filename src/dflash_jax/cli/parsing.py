@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import Field, fields, make_dataclass
 from pathlib import Path
-from typing import Annotated, Any, TypeVar, get_args
+from typing import Annotated, Any, Generic, Literal, NamedTuple, TypeVar, get_args
 
 import tyro
 import yaml
@@ -20,9 +20,20 @@ from dflash_jax.core import InputError
 
 PROGRAM = "dflash-jax"
 _CONFIG_HELP = "YAML recipe: a mapping of this command's flags to values; flags given here win over it."
+_FORMAT_HELP = "How to print the result: as tables, or as Markdown in the form of the baseline report, ready to paste."
 _JSON_HELP = "Write the result here too (the same document as the last line of stdout)."
 _REGISTRY = ConstructorRegistry()
 Config = TypeVar("Config")
+
+
+class Parsed(NamedTuple, Generic[Config]):
+    """What a command line came to."""
+
+    config: Config
+    json: Path | None
+    """The file that `--json` names; None without the flag."""
+    markdown: bool
+    """Whether `--format md` was given."""
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
@@ -131,25 +142,31 @@ def _fields(config_class: type) -> tuple[Field[Any], ...]:
     return fields(config_class)
 
 
-def _with_common_flags(config_class: type) -> type:
+def _with_common_flags(config_class: type, *, markdown: bool) -> type:
     """A dataclass of the command's config, whose flags carry no prefix, and the flags that every command has."""
 
     def file(text: str) -> Any:
         return Annotated[Path | None, tyro.conf.arg(help=text, metavar="FILE", help_behavior_hint="")]
 
     command = Annotated[config_class, tyro.conf.arg(name="")]
-    return make_dataclass(
-        "Options", [("command", command), ("config", file(_CONFIG_HELP), None), ("json", file(_JSON_HELP), None)]
-    )
+    flags: list[tuple[str, Any] | tuple[str, Any, Any]] = [("command", command)]
+    flags += [("config", file(_CONFIG_HELP), None), ("json", file(_JSON_HELP), None)]
+    if markdown:
+        format_flag = Annotated[Literal["table", "md"], tyro.conf.arg(help=_FORMAT_HELP)]
+        flags.append(("format", format_flag, "table"))
+    return make_dataclass("Options", flags)
 
 
-def parse(config_class: type[Config], arguments: Sequence[str], *, command: str) -> tuple[Config, Path | None]:
-    """Return a command's config, and the file that `--json` names (None without the flag).
+def parse(
+    config_class: type[Config], arguments: Sequence[str], *, command: str, markdown: bool = False
+) -> Parsed[Config]:
+    """Return a command's config, and what the flags that every command has were given.
 
     Args:
         config_class: a frozen dataclass; each field is a flag and its docstring the flag's help.
         arguments: what follows the command's name.
         command: the command's name, for usage lines.
+        markdown: whether the command has `--format`.
 
     Raises:
         InputError: an unknown flag or recipe key (with the nearest known one), a missing or ill-typed value, or what
@@ -161,7 +178,7 @@ def parse(config_class: type[Config], arguments: Sequence[str], *, command: str)
     recipe = _read_recipe(path, known=names) if path else {}
     switches = {field.name for field in _fields(config_class) if field.type is bool}
     by_hand = {argument.partition("=")[0].replace("_", "-") for argument in arguments}
-    flags = [*map(_flag, names), "--config", "--json", "--help"]
+    flags = [*map(_flag, names), "--config", "--json", "--help", *(["--format"] if markdown else [])]
 
     def raise_one_line(event: _errors.ParseErrorEvent) -> None:
         line = _one_line(event, flags=flags)
@@ -175,11 +192,11 @@ def parse(config_class: type[Config], arguments: Sequence[str], *, command: str)
     # yet, so pyproject.toml holds tyro below 1.1 and tests/cli pins every line.
     with _errors.on_parse_error(raise_one_line):
         parsed = tyro.cli(
-            _with_common_flags(config_class),
+            _with_common_flags(config_class, markdown=markdown),
             prog=f"{PROGRAM} {command}",
             description=config_class.__doc__,
             args=[*_recipe_arguments(recipe, switches=switches, path=path), *arguments],
             config=(tyro.conf.DisallowNone,),
             registry=_REGISTRY,
         )
-    return parsed.command, parsed.json
+    return Parsed(config=parsed.command, json=parsed.json, markdown=markdown and parsed.format == "md")

@@ -9,7 +9,7 @@ from pathlib import Path
 from rich.console import Console
 
 from dflash_jax import __version__
-from dflash_jax.cli.commands import COMMANDS, Command
+from dflash_jax.cli.commands import COMMANDS, Command, Result
 from dflash_jax.cli.parsing import PROGRAM, did_you_mean, parse
 from dflash_jax.cli.tables import show
 from dflash_jax.core import InputError, start_processes, write_json
@@ -67,6 +67,15 @@ def _check_writable(path: Path) -> None:
         raise InputError(f"--json {path} cannot be written: {nearest} is not a folder that one may write into")
 
 
+def _print(command: Command, result: Result, *, markdown: bool) -> None:
+    """Print a result for people: as Markdown where it is asked for or is what the command makes, else as tables."""
+    text = command.markdown(result) if markdown and command.markdown else command.text(result)
+    if text is None:
+        show(command.name, result, console=Console(markup=False, emoji=False, highlight=False))
+    else:
+        sys.stdout.write(f"{text}\n")
+
+
 def _run(arguments: Sequence[str]) -> int:
     """Run one command and return its exit code; raises what the command raises."""
     if arguments and arguments[0] == "--version":
@@ -78,7 +87,8 @@ def _run(arguments: Sequence[str]) -> int:
         return OK
     command, rest = found
     config_class, function = command.load()
-    config, json_path = parse(config_class, rest, command=command.name)
+    parsed = parse(config_class, rest, command=command.name, markdown=command.markdown is not None)
+    config, json_path = parsed.config, parsed.json
     if json_path is not None:
         _check_writable(json_path)
     start_processes()
@@ -88,7 +98,7 @@ def _run(arguments: Sequence[str]) -> int:
         # A full disk says nothing about where: the command's output is the place to look at.
         error.filename = error.filename or getattr(config, "out", None)
         raise
-    show(command.name, result, console=Console(markup=False, emoji=False, highlight=False))
+    _print(command, result, markdown=parsed.markdown)
     sys.stdout.write(json.dumps(result, allow_nan=False, separators=(",", ":")) + "\n")
     sys.stdout.flush()
     if json_path is not None:
