@@ -58,6 +58,7 @@ def draft_block(
     slots: np.ndarray,
     features: np.ndarray,
     first_position: int,
+    block_shift: int = 0,
 ) -> np.ndarray:
     """The drafter's output for one block, slot by slot and head by head, in float64.
 
@@ -67,10 +68,11 @@ def draft_block(
         slots: `[slots, hidden]` input embeddings.
         features: `[anchor, K*H]` features of the tokens before the anchor.
         first_position: absolute position of the first feature row.
+        block_shift: added to the position of every slot, and to no feature row's.
     """
     eps, theta, d = config["rms_norm_eps"], config["rope_theta"], config["head_dim"]
     heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
-    anchor_position = first_position + len(features)
+    anchor_position = first_position + len(features) + block_shift
     context = [_norm(weights["fc.weight"] @ row, weights["hidden_norm.weight"], eps) for row in features]
     x = slots.astype(np.float64)
     for layer in range(config["num_hidden_layers"]):
@@ -80,7 +82,8 @@ def draft_block(
             return (w[f"self_attn.{name}.weight"] @ row + w.get(f"self_attn.{name}.bias", 0.0)).reshape(-1, d)
 
         normed = [_norm(row, w["input_layernorm.weight"], eps) for row in x]
-        rows = [(row, first_position + i) for i, row in enumerate([*context, *normed])]
+        rows = [(row, first_position + i) for i, row in enumerate(context)]
+        rows += [(row, anchor_position + i) for i, row in enumerate(normed)]
         keys = [
             [_rotate(_norm(h, w["self_attn.k_norm.weight"], eps), at, theta) for h in project("k_proj", row)]
             for row, at in rows

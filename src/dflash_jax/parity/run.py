@@ -171,8 +171,8 @@ def _doubts(rows: Mapping[int, Mapping[str, Any]], reference: Mapping[str, Any],
     lines = []
     if reference["accept_len_mean"] < _LITTLE * margin:
         lines.append(
-            f"the reference accepts {reference['accept_len_mean']:.3f} tokens, little more than the margin of {margin:g}, so "
-            "there is hardly anything to lose and *holds* says little: compare prompts on which the drafter works"
+            f"the reference accepts {reference['accept_len_mean']:.3f} tokens, and the margin is {margin:g}: "
+            "with hardly anything to lose, *holds* says little; compare prompts on which the drafter works"
         )
     far = [f"{offset:,}" for offset, row in rows.items() if row["verdict"] != "broken" and row["feature_drift"] > MATCH]
     if far:
