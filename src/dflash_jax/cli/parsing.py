@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import Field, fields, make_dataclass
 from pathlib import Path
-from typing import Annotated, Any, Generic, Literal, NamedTuple, TypeVar, get_args
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import tyro
 import yaml
@@ -24,16 +24,6 @@ _FORMAT_HELP = "How to print the result: as tables, or as Markdown in the form o
 _JSON_HELP = "Write the result here too (the same document as the last line of stdout)."
 _REGISTRY = ConstructorRegistry()
 Config = TypeVar("Config")
-
-
-class Parsed(NamedTuple, Generic[Config]):
-    """What a command line came to."""
-
-    config: Config
-    json: Path | None
-    """The file that `--json` names; None without the flag."""
-    markdown: bool
-    """Whether `--format md` was given."""
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
@@ -159,8 +149,8 @@ def _with_common_flags(config_class: type, *, markdown: bool) -> type:
 
 def parse(
     config_class: type[Config], arguments: Sequence[str], *, command: str, markdown: bool = False
-) -> Parsed[Config]:
-    """Return a command's config, and what the flags that every command has were given.
+) -> tuple[Config, Path | None, bool]:
+    """Return a command's config, the file that `--json` names (None without it), and whether Markdown is asked for.
 
     Args:
         config_class: a frozen dataclass; each field is a flag and its docstring the flag's help.
@@ -199,4 +189,4 @@ def parse(
             config=(tyro.conf.DisallowNone,),
             registry=_REGISTRY,
         )
-    return Parsed(config=parsed.command, json=parsed.json, markdown=markdown and parsed.format == "md")
+    return parsed.command, parsed.json, markdown and parsed.format == "md"

@@ -87,8 +87,8 @@ def _run(arguments: Sequence[str]) -> int:
         return OK
     command, rest = found
     config_class, function = command.load()
-    parsed = parse(config_class, rest, command=command.name, markdown=command.markdown is not None)
-    config, json_path = parsed.config, parsed.json
+    flag = command.markdown is not None
+    config, json_path, markdown = parse(config_class, rest, command=command.name, markdown=flag)
     if json_path is not None:
         _check_writable(json_path)
     start_processes()
@@ -98,7 +98,7 @@ def _run(arguments: Sequence[str]) -> int:
         # A full disk says nothing about where: the command's output is the place to look at.
         error.filename = error.filename or getattr(config, "out", None)
         raise
-    _print(command, result, markdown=parsed.markdown)
+    _print(command, result, markdown=markdown)
     sys.stdout.write(json.dumps(result, allow_nan=False, separators=(",", ":")) + "\n")
     sys.stdout.flush()
     if json_path is not None:
