@@ -18,17 +18,19 @@ def is_check(value: Any) -> bool:
     return isinstance(value, Mapping) and "by_ctx_pos_start" in value and "accept_len_mean" in value
 
 
-def _number(value: float | None, *, sign: str = "") -> str:
+def number_text(value: float | None, *, sign: str = "") -> str:
+    """A number to three places, with a sign where it is asked for; a dash where there is none."""
     return "–" if value is None else f"{value:{sign}z.3f}"
 
 
-def _interval(mean: float | None, ci95: Sequence[float] | None, *, sign: str = "") -> str:
+def interval_text(mean: float | None, ci95: Sequence[float] | None, *, sign: str = "") -> str:
+    """A mean with its interval, where it has one."""
     if ci95 is None:
-        return _number(mean, sign=sign)
-    return f"{_number(mean, sign=sign)} [{', '.join(_number(end, sign=sign) for end in ci95)}]"
+        return number_text(mean, sign=sign)
+    return f"{number_text(mean, sign=sign)} [{', '.join(number_text(end, sign=sign) for end in ci95)}]"
 
 
-def _table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], *, note: str = "") -> Table:
+def text_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], *, note: str = "") -> Table:
     """Text cells, the first column to the left; Text and not str, so that no bracket is read as markup."""
     table = Table(title=Text(title), title_justify="left", caption=Text(note) if note else None, caption_justify="left")
     for place, column in enumerate(columns):
@@ -49,7 +51,7 @@ def _facts(check: Mapping[str, Any]) -> Table:
     return table
 
 
-def _buckets(title: str, column: str, groups: Mapping[str, Mapping[str, Any]]) -> Table:
+def bucket_table(title: str, column: str, groups: Mapping[str, Mapping[str, Any]]) -> Table:
     """One row per bucket: anchors, prompts, acceptance over all anchors, tau of the chain's blocks in it."""
     rows = []
     for name, group in groups.items():
@@ -59,22 +61,22 @@ def _buckets(title: str, column: str, groups: Mapping[str, Mapping[str, Any]]) -
                 name,
                 f"{group['num_anchors']:,}",
                 f"{group['num_prompts']:,}",
-                _interval(group["accept_len_mean"], group.get("accept_len_ci95")),
-                _number(group["token_acc_mean"]),
-                _interval(replay.get("tau_micro"), replay.get("tau_ci95")),
+                interval_text(group["accept_len_mean"], group.get("accept_len_ci95")),
+                number_text(group["token_acc_mean"]),
+                interval_text(replay.get("tau_micro"), replay.get("tau_ci95")),
             )
         )
-    return _table(title, (column, "n", "prompts", "accept_len_mean", "token_acc_mean", "tau_micro"), rows)
+    return text_table(title, (column, "n", "prompts", "accept_len_mean", "token_acc_mean", "tau_micro"), rows)
 
 
 def _slots(check: Mapping[str, Any]) -> Table:
     """The curve over a block's slots, alone and as a run."""
     chain = (check.get("replay") or {}).get("survival") or [None] * len(check["by_slot"])
     rows = [
-        (str(slot["slot"]), f"{slot['num_labelled']:,}", *map(_number, (slot["token_acc"], run, chained)))
+        (str(slot["slot"]), f"{slot['num_labelled']:,}", *map(number_text, (slot["token_acc"], run, chained)))
         for slot, run, chained in zip(check["by_slot"], check["survival"], chain, strict=True)
     ]
-    return _table("By slot", ("slot", "labelled", "token_acc", "survival, all anchors", "survival, chain"), rows)
+    return text_table("By slot", ("slot", "labelled", "token_acc", "survival, all anchors", "survival, chain"), rows)
 
 
 def _means(check: Mapping[str, Any]) -> Table:
@@ -84,7 +86,7 @@ def _means(check: Mapping[str, Any]) -> Table:
         (
             "all anchors",
             f"{check['num_anchors']:,}",
-            _interval(check["accept_len_mean"], check.get("accept_len_ci95")),
+            interval_text(check["accept_len_mean"], check.get("accept_len_ci95")),
             "–",
             "–",
         )
@@ -92,11 +94,11 @@ def _means(check: Mapping[str, Any]) -> Table:
     if replay is None:
         note = "replay (tau) walks the chain of blocks, which needs every anchor: --anchors all"
     else:
-        tau = _interval(replay["tau_micro"], replay.get("tau_ci95"))
-        mean, macro = _number(replay.get("accept_len_mean")), _number(replay.get("tau_macro"))
+        tau = interval_text(replay["tau_micro"], replay.get("tau_ci95"))
+        mean, macro = number_text(replay.get("accept_len_mean")), number_text(replay.get("tau_macro"))
         rows.append(("chain (replay)", f"{replay['num_blocks']:,}", mean, tau, macro))
         note = replay.get("why", "")
-    return _table(
+    return text_table(
         "All anchors and chain", ("mean over", "blocks", "accept_len_mean", "tau_micro", "tau_macro"), rows, note=note
     )
 
@@ -117,9 +119,9 @@ def _comparison(found: Sequence[Mapping[str, Any]]) -> Table:
         left = [f"a: {names[0]}", f"b: {names[1]}", ""]
         for label, metric in zip(left, ("accept_len", "token_acc", "tau"), strict=True):
             value = pair.get(metric) or {}
-            means = (_number(value.get("a")), _number(value.get("b")))
-            rows.append((label, metric, *means, _interval(value.get("difference"), value.get("ci95"), sign="+")))
-    return _table("Comparison", ("", "mean", "a", "b", "b - a"), rows, note="\n".join(notes))
+            means = (number_text(value.get("a")), number_text(value.get("b")))
+            rows.append((label, metric, *means, interval_text(value.get("difference"), value.get("ci95"), sign="+")))
+    return text_table("Comparison", ("", "mean", "a", "b", "b - a"), rows, note="\n".join(notes))
 
 
 def _warnings(checks: Sequence[Mapping[str, Any]]) -> Panel | None:
@@ -153,7 +155,7 @@ def show_check(check: Mapping[str, Any], *, console: Console) -> None:
             ("by_prompt_set", "By prompt set", "set"),
         ):
             if check.get(key):
-                console.print(_buckets(title, column, check[key]))
+                console.print(bucket_table(title, column, check[key]))
         if check.get("by_slot"):
             console.print(_slots(check))
         console.print(_means(check))

@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.panel import Panel
 from rich.text import Text
 
-from dflash_jax.cli.check_tables import _buckets, _interval, _number, _table
+from dflash_jax.cli.check_tables import bucket_table, interval_text, number_text, text_table
 
 _SETTINGS = ("rope", "drafter_rope", "drafter_positions", "context_shift", "block_shift")
 _COLUMNS = (
@@ -42,16 +42,16 @@ def _by_offset(parity: Mapping[str, Any]) -> Any:
             (
                 f"{int(offset):,}",
                 verdict,
-                _interval(row["accept_len_mean"], row["accept_len_ci95"]),
-                _interval(row["accept_len_difference"], row["ci95"], sign="+"),
+                interval_text(row["accept_len_mean"], row["accept_len_ci95"]),
+                interval_text(row["accept_len_difference"], row["ci95"], sign="+"),
                 f"{row['num_anchors_differing']:,} of {row['num_anchors']:,}",
                 _drift(row["feature_drift"]),
                 f"{row['argmax_agreement']:.1%}",
                 _drift(row["drafter_drift"]),
             )
         )
-    return _table(
-        f"By position offset, against the reference ({_number(parity['reference']['accept_len_mean'])})",
+    return text_table(
+        f"By position offset, against the reference ({number_text(parity['reference']['accept_len_mean'])})",
         _COLUMNS,
         rows,
         note=f"holds: the 95 % interval of the difference lies within ±{parity['margin']:g}",
@@ -65,11 +65,11 @@ def _exchanges(parity: Mapping[str, Any]) -> Any:
         return None
     names = dict.fromkeys(name for row in broken.values() for name in row["swaps"])
     rows = [
-        (name, *(_number(row[part].get(name)) for row in broken.values() for part in ("swaps", "spoils")))
+        (name, *(number_text(row[part].get(name)) for row in broken.values() for part in ("swaps", "spoils")))
         for name in names
     ]
     columns = [f"{what} at {int(offset):,}" for offset in broken for what in ("mended", "spoils")]
-    return _table(
+    return text_table(
         "accept_len with one link mended in the engine's chain, and with the engine's link in a sound chain",
         ("link", *columns),
         rows,
@@ -91,7 +91,7 @@ def show_parity(parity: Mapping[str, Any], *, console: Console) -> None:
     if exchanges is not None:
         console.print(exchanges)
     if parity["by_context_length"]:
-        console.print(_buckets("By real context length", "tokens", parity["by_context_length"]))
+        console.print(bucket_table("By real context length", "tokens", parity["by_context_length"]))
     for item in parity["evidence"]:
         console.print(Text(f"{item['test']}:\n    {item['result']}"))
     for note in parity["notes"]:
