@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float
@@ -59,6 +59,7 @@ def _valid(run: Run, values: Float[np.ndarray, "batch seq channels"]) -> Float[n
     return np.concatenate([values[row, : one.features_len] for row, one in enumerate(run.batch.texts)])
 
 
+@runtime_checkable
 class _Outputs(Protocol):
     """What an engine gives at an offset, or would give with angles of some kind."""
 
