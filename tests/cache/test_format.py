@@ -199,6 +199,40 @@ def test_every_flipped_byte_is_found(cache):
     }
 
 
+def test_every_kind_of_place_is_found_when_one_bit_flips(cache):
+    """Length of the header, header, each tensor's first and last byte; each line of the manifest."""
+    path = cache / "shard-00001.safetensors"
+    whole = path.read_bytes()
+    header = struct.unpack("<Q", whole[:8])[0]
+    entries = json.loads(whole[8 : 8 + header])
+    places = [0, 7, 8, 7 + header]
+    for name, entry in entries.items():
+        if name != "__metadata__":
+            places += [8 + header + entry["data_offsets"][0], 7 + header + entry["data_offsets"][1]]
+    for place in places:
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 64]) + whole[place + 1 :])
+        assert verify_cache(cache)["problems"] == [f"{path} is damaged: its sha256 is not the ledger's"], place
+    path.write_bytes(whole)
+    manifest = cache / "manifest.json"
+    text = manifest.read_bytes()
+    for place in [text.index(line) + len(line) // 2 for line in text.splitlines() if line.strip()]:
+        manifest.write_bytes(text[:place] + bytes([text[place] ^ 64]) + text[place + 1 :])
+        problems = verify_cache(cache)["problems"]
+        assert len(problems) == 1, place
+        assert str(manifest) in problems[0]
+
+
+@pytest.mark.parametrize("name", ["shard-00001.safetensors", "manifest.json"])
+def test_links_out_of_the_folder_are_refused(cache, tmp_path, name):
+    outside = (cache / name).rename(tmp_path / name)
+    (cache / name).symlink_to(outside)
+    problems = verify_cache(cache)["problems"]
+    assert len(problems) == 1
+    assert f"{cache / name} is a symbolic link" in problems[0]
+    with pytest.raises(InputError, match=f"{name} is a symbolic link"):
+        open_cache(cache).prompt_hashes()
+
+
 def test_white_space_of_the_manifest_is_part_of_it(cache):
     path = cache / "manifest.json"
     path.write_bytes(path.read_bytes().replace(b"\n  ", b"\n\t ", 1))

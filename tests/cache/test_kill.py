@@ -5,11 +5,13 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 
-from dflash_jax.cache import open_cache, verify_cache
+from dflash_jax.cache import CacheBuildConfig, open_cache, verify_cache
+from dflash_jax.cache.ledger import Share
 from dflash_jax.core import InputError
 from support import toy_cache
 
@@ -102,6 +104,89 @@ def test_finished_build_does_nothing_again(tmp_path):
     assert (tmp_path / "cache" / "manifest.json").read_bytes() == before
 
 
+def build_shares(folder, count, **options):
+    """Build in `count` processes at the same time, each its share."""
+    code = "import sys; from pathlib import Path; from support import toy_cache as t; " + (
+        "t.build_toy(Path(sys.argv[1]), process_index=int(sys.argv[2]), process_count=int(sys.argv[3]))"
+    )
+    command = [sys.executable, "-c", code, str(folder)]
+    running = [subprocess.Popen([*command, str(i), str(count)], env=environment(), **options) for i in range(count)]
+    return [process.wait() for process in running]
+
+
+def environment():
+    path = os.pathsep.join([str(Path(toy_cache.__file__).parents[1]), *sys.path])
+    return {**os.environ, "PYTHONPATH": path}
+
+
+def test_two_processes_give_the_bytes_of_one(tmp_path):
+    rows = toy_cache.toy_rows(40)
+    for name in ("one", "two"):
+        toy_cache.write_inputs(tmp_path / name, rows)
+    toy_cache.build_toy(tmp_path / "one")
+    assert build_shares(tmp_path / "two", 2) == [0, 0]
+    wanted = toy_cache.shard_bytes(tmp_path / "one" / "cache")
+    assert toy_cache.shard_bytes(tmp_path / "two" / "cache") == wanted
+    assert verify_cache(tmp_path / "two" / "cache")["problems"] == []
+    manifest = json.loads((tmp_path / "two" / "cache" / "manifest.json").read_text())
+    assert manifest["complete"]
+    assert len(manifest["records"]) == 2
+    assert {path.name for path in (tmp_path / "two" / "cache").iterdir()} == {*wanted, "manifest.json"}
+
+
+def test_shares_interrupted_anywhere_and_finished_by_another_number_of_processes(tmp_path):
+    rows = toy_cache.toy_rows(40)
+    for name in ("whole", "part"):
+        toy_cache.write_inputs(tmp_path / name, rows)
+    toy_cache.build_toy(tmp_path / "whole")
+    shares = [{"process_index": index, "process_count": 3} for index in range(3)]
+    with pytest.raises(KilledError):
+        toy_cache.build_toy(tmp_path / "part", capture=killed_after(4), **shares[1])
+    cache = tmp_path / "part" / "cache"
+    stray = cache / ".shard-00000.safetensors.abc.partial"  # another process's: it may be at work
+    stray.write_bytes(b"half")
+    done = toy_cache.build_toy(tmp_path / "part", **shares[1])
+    assert done["shards_kept"] > 0
+    assert stray.exists()
+    assert not done["complete"]
+    have = len(toy_cache.shard_bytes(cache))
+    done = toy_cache.build_toy(tmp_path / "part")
+    assert (done["complete"], done["shards_kept"]) == (True, have)
+    assert not stray.exists()
+    assert toy_cache.shard_bytes(cache) == toy_cache.shard_bytes(tmp_path / "whole" / "cache")
+    assert {path.name for path in cache.iterdir()} == {*toy_cache.shard_bytes(cache), "manifest.json"}
+
+
+def test_shares_are_the_shards_once():
+    for count in (1, 2, 3, 7):
+        shares = [Share(index=index, count=count).of(tuple(range(5))) for index in range(count)]
+        assert [shard for share in shares for shard in share] == list(range(5))
+        assert max(map(len, shares)) - min(map(len, shares)) <= 1
+
+
+@pytest.mark.parametrize(
+    ("holder", "message"),
+    [
+        ({"process_index": 1, "process_count": 2}, "another `cache build` with --process-index 1 is writing .*: wait"),
+        ({}, "another `cache build` is writing .*: wait for it"),
+    ],
+)
+def test_second_builder_of_a_share_is_refused(tmp_path, holder, message):
+    toy_cache.write_inputs(tmp_path, toy_cache.toy_rows(5))
+    share = {"process_index": 1, "process_count": 2}
+
+    def capture(*given):
+        if not refused:
+            with pytest.raises(InputError, match=message) as error:
+                toy_cache.build_toy(tmp_path, **share)
+            refused.append(error)
+        return toy_cache.toy_capture(*given)
+
+    refused = []
+    toy_cache.build_toy(tmp_path, capture=capture, **holder)
+    assert refused
+
+
 def test_second_builder_is_refused(tmp_path):
     toy_cache.write_inputs(tmp_path, toy_cache.toy_rows(5))
     (tmp_path / "cache").mkdir()
@@ -120,6 +205,9 @@ def test_second_builder_is_refused(tmp_path):
         ({"capture_layers": (3, 1)}, r"capture_layers was \[1, 3\], now \[3, 1\]"),
         ({"position_offsets": (0,)}, r"position_offsets was \[0, 1000\], now \[0\]"),
         ({"features": "float32"}, "features was 'bfloat16', now 'float32'"),
+        ({"share_prompts": False}, "share_prompts was True, now False"),
+        ({"rope": "float32"}, "rope was 'exact', now 'float32'"),
+        ({"mesh": "data=2"}, "mesh was 'data=1', now 'data=2'"),
         ({"fingerprint": toy_cache.FINGERPRINT | {"target_weights": "w2"}}, "target_weights was 'w1', now 'w2'"),
     ],
 )
@@ -129,6 +217,14 @@ def test_changed_setting_is_named(tmp_path, changes, message):
     with pytest.raises(InputError, match=f"was begun with other settings: .*{message}") as error:
         toy_cache.build_toy(tmp_path, **changes)
     assert "\n" not in str(error.value)
+
+
+def test_every_setting_is_compared_or_free():
+    """A setting that is added must be in one of the two tests here."""
+    compared = {"tokens_per_shard", "tokens_per_batch", "capture_layers", "position_offsets", "features"}
+    compared |= {"share_prompts", "rope", "mesh"}
+    free = {"target", "responses", "out", "process_index", "process_count"}
+    assert {field.name for field in fields(CacheBuildConfig)} == compared | free
 
 
 def test_changed_responses_are_named_and_moved_inputs_are_not(tmp_path):
@@ -158,14 +254,44 @@ toy_cache.build_toy(Path(sys.argv[1]))
 """
 
 
+@pytest.fixture
+def small_disk(tmp_path):
+    """A disk of 64 kB, or none where this user may not mount one."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", folder], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("mounting a small disk needs root; the limit on file sizes is tested without")
+    yield folder
+    subprocess.run(["umount", "-l", folder], check=True)
+
+
+def test_full_disk_is_one_line_and_the_build_resumes_when_there_is_room(tmp_path, small_disk):
+    toy_cache.write_inputs(tmp_path, toy_cache.toy_rows(60))
+    toy_cache.build_toy(tmp_path)
+    with pytest.raises(InputError, match="cannot write the cache .*No space left on device.*: see to it, then run"):
+        toy_cache.build_toy(tmp_path, out=small_disk / "cache")
+    finished = len(toy_cache.shard_bytes(small_disk / "cache"))
+    assert finished
+    assert list((small_disk / "cache").glob(".*.partial")) == []
+    subprocess.run(["mount", "-o", "remount,size=10m", small_disk], check=True)
+    done = toy_cache.build_toy(tmp_path, out=small_disk / "cache")
+    assert done["shards_kept"] == finished
+    assert toy_cache.shard_bytes(small_disk / "cache") == toy_cache.shard_bytes(tmp_path / "cache")
+
+
+def test_read_only_folder_is_one_line(tmp_path, small_disk):
+    toy_cache.write_inputs(tmp_path, toy_cache.toy_rows(5))
+    subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
+    with pytest.raises(InputError, match="cannot write the cache .*Read-only file system") as error:
+        toy_cache.build_toy(tmp_path, out=small_disk / "cache")
+    assert "\n" not in str(error.value)
+
+
 def test_no_room_is_one_line_and_the_build_resumes(tmp_path):
     toy_cache.write_inputs(tmp_path, toy_cache.toy_rows(20))
-    path = os.pathsep.join([str(Path(toy_cache.__file__).parents[1]), *sys.path])
     done = subprocess.run(
-        [sys.executable, "-c", FULL_DISK, tmp_path],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "PYTHONPATH": path},
+        [sys.executable, "-c", FULL_DISK, tmp_path], capture_output=True, text=True, env=environment()
     )
     last = done.stderr.splitlines()[-1]
     assert last.startswith("dflash_jax.core.errors.InputError: cannot write the cache"), done.stderr

@@ -16,7 +16,7 @@ from typing import IO, Any
 
 import numpy as np
 
-from dflash_jax.cache.manifest import LOCK_NAME, MANIFEST_NAME, read_manifest, write_manifest
+from dflash_jax.cache.manifest import LOCK_NAME, LOCK_NAMES, MANIFEST_NAME, read_manifest, write_manifest
 from dflash_jax.cache.plan import ShardPlan
 from dflash_jax.cache.shards import Layout, file_problem, write_shard
 from dflash_jax.core import InputError
@@ -129,7 +129,7 @@ def _stored(out: Path, new: dict[str, Any]) -> dict[str, Any] | None:
         foreign = [
             path.name
             for path in out.iterdir()
-            if not (path.name.startswith(LOCK_NAME) or path.name.endswith(".partial"))
+            if not (LOCK_NAMES.fullmatch(path.name) or path.name.endswith(".partial"))
         ]
         if foreign:
             raise InputError(f"{out} holds files and is not a cache ({min(foreign)}): choose another --out")

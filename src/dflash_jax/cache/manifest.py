@@ -11,6 +11,7 @@ FORMAT = "dflash-jax-cache"
 FORMAT_VERSION = 2
 MANIFEST_NAME = "manifest.json"
 LOCK_NAME = ".lock"
+LOCK_NAMES = re.compile(r"\.lock(-manifest|-[0-9]+)?")
 # a name of this form has no separator, so a ledger cannot lead out of its folder
 SHARD_NAME = re.compile(r"shard-[0-9]{5}\.safetensors")
 _WHAT = "the cache's manifest"
@@ -89,13 +90,15 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """Return a cache's manifest, of a complete cache or not.
 
     Raises:
-        InputError: no such folder; no manifest; not JSON; another format or a newer version; a field missing or of the
-            wrong type; changed after it was written; a shard's name that is not of the form shard-00000.safetensors;
-            counts that do not add up.
+        InputError: no such folder; no manifest, or a link to one; not JSON; another format or a newer version; a field
+            missing or of the wrong type; changed after it was written; a shard's name that is not of the form
+            shard-00000.safetensors; counts that do not add up.
     """
     if not folder.is_dir():
         raise InputError(f"no cache at {folder}: make one with `dflash-jax cache build`")
     path = folder / MANIFEST_NAME
+    if path.is_symlink():
+        raise InputError(f"{path} is a symbolic link, which may lead out of the cache's folder: put the file there")
     if not path.is_file():
         raise InputError(f"{folder} is not a cache: it has no {MANIFEST_NAME}")
     manifest = read_json(path, what=_WHAT)

@@ -157,6 +157,8 @@ def map_tensors(path: Path) -> dict[str, np.ndarray]:
 
 def file_problem(path: Path, entry: dict[str, Any]) -> str | None:
     """How a shard's bytes differ from its ledger entry; None where they are the same. Reads the whole file."""
+    if path.is_symlink():
+        return f"{path} is a symbolic link, which may lead out of the cache's folder"
     if not path.is_file():
         return f"{path} is missing"
     size = path.stat().st_size

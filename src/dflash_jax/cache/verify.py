@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from dflash_jax.cache.features import feature_layout
-from dflash_jax.cache.manifest import LOCK_NAME, MANIFEST_NAME, read_manifest
+from dflash_jax.cache.manifest import LOCK_NAMES, MANIFEST_NAME, read_manifest
 from dflash_jax.cache.shards import bytes_per_token, file_problem, layout_problems, map_tensors
 from dflash_jax.core import InputError
 
@@ -78,8 +78,9 @@ def verify_cache(path: Path) -> dict[str, Any]:
         problems.append(f"{path} is not complete ({len(entries)} of {manifest['num_shards']} shards)")
     for entry in entries:
         problems += _shard_problems(path / entry["file"], entry, manifest)
-    known = {entry["file"] for entry in entries} | {MANIFEST_NAME, LOCK_NAME}
-    problems += [f"{file} does not belong to the cache" for file in sorted(path.iterdir()) if file.name not in known]
+    known = {entry["file"] for entry in entries} | {MANIFEST_NAME}
+    foreign = [file for file in sorted(path.iterdir()) if file.name not in known]
+    problems += [f"{file} does not belong to the cache" for file in foreign if not LOCK_NAMES.fullmatch(file.name)]
     counts = {
         "num_shards": len(entries),
         "num_sequences": sum(entry["sequences"] for entry in entries),
