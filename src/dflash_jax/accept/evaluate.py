@@ -187,7 +187,8 @@ def _rivals(cache: Cache, jobs: SequenceOf[Job], *, vocab_size: int) -> Int32[np
     counts = np.zeros(vocab_size, np.int64)
     for job in jobs:
         stored = cache.sequence(job.index)
-        counts += np.bincount(stored.next_ids[stored.prompt_len :], minlength=vocab_size)
+        labels = stored.next_ids[stored.prompt_len :]
+        counts += np.bincount(labels[labels >= 0], minlength=vocab_size)  # -1 where an imported cache has none
     number = max(1, min(MOST_RIVALS, int(vocab_size * RIVAL_SHARE)))
     return np.argsort(-counts, kind="stable")[:number].astype(np.int32)
 
@@ -200,7 +201,9 @@ def _jobs(cache: Cache, choice: AnchorChoice, position_offsets: tuple[int, ...] 
         if position_offsets is not None and stored.position_offset not in position_offsets:
             continue
         text_hash, length = hash_text(stored.token_ids), len(stored.token_ids)
-        anchors = choice.choose(prompt_len=stored.prompt_len, length=length, text_hash=text_hash)
+        # an imported text may end with tokens that have no features: for anchors it ends before them
+        end = stored.last_anchor + 2
+        anchors = choice.choose(prompt_len=stored.prompt_len, length=end, text_hash=text_hash)
         if len(anchors):
             jobs.append(Job(index=index, length=length, text_hash=text_hash, anchors=anchors))
     return jobs
@@ -243,8 +246,9 @@ def _evaluate_batch(
 
 def _result(cache: Cache, job: Job, accepted: np.ndarray, correct: np.ndarray, labelled: np.ndarray) -> SequenceResult:
     stored = cache.sequence(job.index)
-    first, length = stored.prompt_len, job.length
+    first, length = stored.prompt_len, stored.last_anchor + 2
     every = len(job.anchors) == length - 1 - first
+    greedy = stored.next_ids[first - 1 : -1]
     return SequenceResult(
         prompt_hash=stored.prompt_hash,
         prompt_set=stored.prompt_set,
@@ -253,7 +257,7 @@ def _result(cache: Cache, job: Job, accepted: np.ndarray, correct: np.ndarray, l
         position_offset=stored.position_offset,
         prompt_len=first,
         length=length,
-        num_departures=int((stored.token_ids[first:] != stored.next_ids[first - 1 : -1]).sum()),
+        num_departures=int(((stored.token_ids[first:] != greedy) & (greedy >= 0)).sum()),
         anchors=job.anchors,
         accepted=accepted,
         correct=correct,
