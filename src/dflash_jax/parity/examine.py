@@ -68,6 +68,12 @@ class _Outputs(Protocol):
         ...
 
 
+def _wrong_offsets(distances: Mapping[int, float]) -> list[int]:
+    """Offsets where an engine is far from exact, or as far as it gets, rising."""
+    threshold = min(MATCH, max(distances.values()) / 2)
+    return [offset for offset in sorted(distances) if distances[offset] > threshold]
+
+
 def _tables(run: Run, distances: Mapping[int, float], first_wrong: int) -> list[str]:
     """Tables of angles that would begin to be wrong where an engine does: two guesses at their rows.
 
@@ -76,7 +82,7 @@ def _tables(run: Run, distances: Mapping[int, float], first_wrong: int) -> list[
         distances: how far from exact the engine is, by offset.
         first_wrong: first token that is far off, at the first offset that has one.
     """
-    wrong = [offset for offset in sorted(distances) if distances[offset] > MATCH]
+    wrong = _wrong_offsets(distances)
     clean = [offset for offset in distances if not wrong or offset < wrong[0]]
     between = max(clean) + run.batch.tokens.shape[1] if clean else 1
     inside = [wrong[0] + first_wrong] if wrong else []
@@ -112,7 +118,7 @@ def _name_angles(
         sentence = f"{what} are {farthest:.2g} off, and no kind of angles that is known gives them"
         return Finding(cause_id="unknown", sentence=sentence, evidence=evidence)
     if best.startswith("table:"):
-        ends = min(offset for offset in offsets if exact[offset] > MATCH)
+        ends = _wrong_offsets(exact)[0]
         sentence = (
             f"{where} table of angles ends before offset {ends:,} or soon after and is clamped there: all tokens "
             "beyond its end sit at one position"
@@ -242,9 +248,9 @@ def _name_layers(
 
 
 def examine_rows(run: Run, here: Source, sound: Source) -> Finding | None:
-    """Compare features with those of the token before and after; None where neither is near."""
+    """Compare features with those of the token before and after; None where neither is nearer than the token's own."""
     distances = {}
-    for shift in (-1, 1):
+    for shift in (-1, 0, 1):
         found, wanted = [], []
         for row, one in enumerate(run.batch.texts):
             index = np.arange(1, one.features_len - 1)
@@ -252,7 +258,7 @@ def examine_rows(run: Run, here: Source, sound: Source) -> Finding | None:
             wanted.append(np.asarray(run.captured(sound).features[row], np.float32)[index + shift])
         distances[shift] = _distance(np.concatenate(found), np.concatenate(wanted))
     best = min(distances, key=distances.__getitem__)
-    if distances[best] > MATCH:
+    if best == 0 or distances[best] > min(MATCH, _BETTER * distances[0]):
         return None
     told = ", ".join(f"moved by {shift:+d}: {distance:.2g}" for shift, distance in distances.items())
     return Finding(

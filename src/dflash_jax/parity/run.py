@@ -272,5 +272,11 @@ def _report(
         "drafter": str(config.drafter),
         "notes": _notes(engine),
         "warnings": warnings,
-        "record": make_record("parity", config, seed=config.seed, drafter_sha256=drafter_fingerprint(config.drafter)),
+        "record": make_record(
+            "parity",
+            config,
+            seed=config.seed,
+            drafter_sha256=drafter_fingerprint(config.drafter),
+            target_fingerprint=targets.fingerprint(config.target),
+        ),
     }

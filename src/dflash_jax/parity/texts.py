@@ -99,13 +99,14 @@ def _generated(config: ParityConfig, target: Target, *, offset: int, progress: M
         max_new_tokens=config.max_new_tokens,
         batch_size=min(BATCH_SIZE, len(prompts)),
     )
-    prompts = sorted(prompts, key=lambda item: -len(item.ids))
-    texts = []
+    by_length = sorted(range(len(prompts)), key=lambda index: -len(prompts[index].ids))
+    texts: dict[int, Text] = {}
     for first in range(0, len(prompts), BATCH_SIZE):
-        batch = prompts[first : first + BATCH_SIZE]
+        places = by_length[first : first + BATCH_SIZE]
+        batch = [prompts[place] for place in places]
         rows = decoder.decode([item.ids for item in batch], position_offset=offset).rows
-        texts += [
-            Text(
+        texts |= {
+            place: Text(
                 token_ids=np.array(item.ids + row.tokens, np.int32),
                 prompt_len=len(item.ids),
                 prompt_hash=hash_prompt(np.array(item.ids, np.int32)),
@@ -113,10 +114,10 @@ def _generated(config: ParityConfig, target: Target, *, offset: int, progress: M
                 limit=_limit(len(item.ids), config.max_new_tokens, target.config.max_positions),
                 features_len=len(item.ids) + len(row.tokens),
             )
-            for item, row in zip(batch, rows, strict=True)
-        ]
+            for place, item, row in zip(places, batch, rows, strict=True)
+        }
         progress(len(texts), len(prompts), "responses")
-    return texts
+    return [texts[place] for place in range(len(prompts))]
 
 
 def _given(config: ParityConfig, target: Target) -> list[Text]:
