@@ -7,18 +7,22 @@ jaxtyping and safetensors.
 
 from dflash_jax.targets.config import TargetConfig, default_capture_layers, read_target_config
 from dflash_jax.targets.cost import num_active_parameters, prefill_flops
-from dflash_jax.targets.decoder import KVCache, Target, TargetOutput, extend, next_ids, prefill
+from dflash_jax.targets.decoder import DecoderLayer, KVCache, Target, TargetOutput, extend, next_ids, prefill
 from dflash_jax.targets.describe import describe_target
-from dflash_jax.targets.layout import stored_shapes, tensor_axes, tensor_shapes
+from dflash_jax.targets.layout import assemble, stored_shapes, tensor_axes, tensor_shapes
 from dflash_jax.targets.loading import fingerprint, load_target
-from dflash_jax.targets.sharding import open_mesh, padded_rows, put_batch, whole_axes
+from dflash_jax.targets.mxfp4 import dequantise_mxfp4
+from dflash_jax.targets.sharding import open_mesh, padded_rows, put_batch, weight_sharding, whole_axes
 
 __all__ = [
+    "DecoderLayer",
     "KVCache",
     "Target",
     "TargetConfig",
     "TargetOutput",
+    "assemble",
     "default_capture_layers",
+    "dequantise_mxfp4",
     "describe_target",
     "extend",
     "fingerprint",
@@ -34,5 +38,6 @@ __all__ = [
     "stored_shapes",
     "tensor_axes",
     "tensor_shapes",
+    "weight_sharding",
     "whole_axes",
 ]
