@@ -59,7 +59,7 @@ class Recipe:
     """Steps of the fine-tune on the offset cache."""
     general_prompts: int = 384
     """Prompts of the general drafter."""
-    general_steps: int = 1500
+    general_steps: int = 1000
     """Its steps."""
     general_new_tokens: int = 128
     """Most tokens of a response, of its prompts and of the held-out ones."""
@@ -324,10 +324,11 @@ def table(results: dict[str, Any]) -> str:
     for name, check in results["checks"].items():
         groups = {"all": check} | (check["by_ctx_pos_start"] if len(check["by_ctx_pos_start"]) > 1 else {})
         for offset, group in groups.items():
+            tau = "-" if group["replay"] is None else f"{group['replay']['tau_micro']:.3f}"
             theirs = ", ".join(map(str, REPORT.get(name, {}).get(offset, ()))) or "-"
             lines.append(
                 f"| {name if offset == 'all' else ''} | {group['num_prompts']} | {group['num_anchors']} | {offset} | "
-                f"{_interval(group)} | {group['token_acc_mean']:.3f} | {group['replay']['tau_micro']:.3f} | {theirs} |"
+                f"{_interval(group)} | {group['token_acc_mean']:.3f} | {tau} | {theirs} |"
             )
     return "\n".join(lines)
 
