@@ -21,12 +21,26 @@ SIZES = {
     # SmolLM2's way: 9 heads on 3, and a vocabulary and an MLP that do not divide either
     "odd": {"vocab_size": 101, "intermediate_size": 37, "num_attention_heads": 9, "num_key_value_heads": 3},
     # queries divide by 4, keys and values do not
+    # gpt-oss: experts, sinks, biases, windows that the text crosses
+    "experts": {
+        "architectures": ["GptOssForCausalLM"],
+        "vocab_size": 104,
+        "intermediate_size": 20,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "num_local_experts": 6,
+        "num_experts_per_tok": 2,
+        "sliding_window": 4,
+        "layer_types": ["sliding_attention", "full_attention"],
+        "swiglu_limit": 2.0,
+    },
     "grouped": {"vocab_size": 101, "intermediate_size": 40, "num_attention_heads": 8, "num_key_value_heads": 2},
 }
 RUNS = [
     *(("even", mesh) for mesh in ("data=1", "data=8", "data=2,model=4", "model=8")),
     *(("odd", mesh) for mesh in ("data=1", "data=2,model=4")),
     *(("grouped", mesh) for mesh in ("data=1", "data=2,model=4")),
+    *(("experts", mesh) for mesh in ("data=1", "data=2,expert=2,model=2")),
 ]
 OUTPUTS = ("features", "next_ids", "block_features", "block_ids")
 
@@ -41,7 +55,7 @@ def write_target(folder, sizes):
     (folder / "config.json").write_text(json.dumps(config))
     draw = np.random.default_rng(7)
     weights = {
-        name: draw.uniform(0.5, 1.5, shape) if len(shape) == 1 else draw.normal(0, 0.3, shape)
+        name: draw.uniform(0.5, 1.5, shape) if "norm" in name else draw.normal(0, 0.3, shape)
         for name, shape in stored_shapes(read_target_config(folder)).items()
     }
     save_tensors(folder / "model.safetensors", {name: value.astype(np.float32) for name, value in weights.items()})
@@ -138,6 +152,17 @@ def test_what_does_not_divide_is_whole_on_every_device_and_told(runs, folders):
     ]
     assert describe_target(folders["grouped"], mesh=MeshShape(data=2, model=4))["whole_axes"] == told
     assert whole_axes(read_target_config(folders["even"]), MeshShape(model=8)) == []
+
+
+def test_experts_lie_on_their_own_devices_and_rows_on_both_axes(runs):
+    shards = runs[1]["experts/data=2,expert=2,model=2"]["shards"]
+    assert (shards["gate_up_proj"], shards["down_proj"]) == ([[3, 24, 20]], [[3, 10, 24]])
+    assert (shards["keys"], shards["features"]) == ([[2, 2, 14, 6]], [[2, 11, 48]])
+    # gathered: rows along the expert axis (4 of 8), the router (6 x 24, its biases), the head's two numbers per row
+    gathers = runs[1]["experts/data=2,expert=2,model=2"]["gathers"]
+    rows = {f"f32[4,{tokens},24]" for tokens in (11, 3)}
+    head = {f"{kind}[2,2,{tokens}]" for kind in ("f32", "s32") for tokens in (11, 3)}
+    assert set(gathers) <= rows | head | {"f32[6,24]", "f32[6]"}
 
 
 def test_an_expert_axis_needs_experts(folders):
