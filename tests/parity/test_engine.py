@@ -1,6 +1,7 @@
 """Where an engine puts positions, and that an exchange changes one link and no other."""
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 
@@ -108,7 +109,7 @@ def test_positions_that_do_not_exist(tmp_path):
     ("changes", "message"),
     [
         ({"prompts": None}, "parity needs texts from one place: give one of --prompts, --responses and --cache"),
-        ({"responses": "r"}, "parity needs texts from one place: give one of --prompts, --responses and --cache"),
+        ({"responses": Path("r")}, "parity needs texts from one place: give one of --prompts, --responses and --cache"),
         ({"position_offsets": ()}, "--position-offsets is '': name different positions from 0 to 2147483647"),
         ({"position_offsets": (0, 0)}, "--position-offsets is '0,0': name different positions from 0 to 2147483647"),
         ({"position_offsets": (-1,)}, "--position-offsets is '-1': name different positions from 0 to 2147483647"),
@@ -119,9 +120,8 @@ def test_positions_that_do_not_exist(tmp_path):
         ({"margin": float("nan")}, "--margin is nan: a number of accepted tokens above 0 is needed"),
         ({"rope": "float16"}, "the rope setting is 'float16': choose exact, .*"),
         ({"drafter_rope": "table:0"}, "the rope setting is 'table:0': choose exact, .*"),
-        ({"drafter_positions": "none"}, "--drafter-positions is 'none': choose absolute, ignore-offset, .*"),
         (
-            {"prompts": None, "cache": "c", "rope": "float32"},
+            {"prompts": None, "cache": Path("c"), "rope": "float32"},
             "--rope describes an engine .*: leave it out with --cache",
         ),
     ],

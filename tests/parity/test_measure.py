@@ -75,7 +75,8 @@ def test_results_are_over_the_reference_s_labels():
     assert (result.position_offset, result.prompt_set) == (4096, "some")
     assert result.on_chain is not None
     assert result.on_chain.tolist() == [True, False, True]  # 3 commits 2, then 5
-    (cut,) = as_results([text(3, 7, features_len=4)], ours, sound, whole=False, offset=0)
+    two = [outcome([1, 0], [[1, 1], [1, 1]])]
+    (cut,) = as_results([text(3, 7, features_len=4)], two, two, whole=False, offset=0)
     assert cut.on_chain is None
     assert cut.labelled.all()
 
