@@ -59,12 +59,14 @@ class Recipe:
     """Steps of the fine-tune on the offset cache."""
     general_prompts: int = 384
     """Prompts of the general drafter."""
-    general_steps: int = 1000
+    general_steps: int = 800
     """Its steps."""
     general_new_tokens: int = 128
     """Most tokens of a response, of its prompts and of the held-out ones."""
     held_out: int = 64
     """HumanEval prompts that the drafters are checked on."""
+    parity_texts: int = 24
+    """Texts that the parities read, at every offset and rope."""
     batch: int = 64
     """Anchors per step."""
 
@@ -273,7 +275,8 @@ def measure(recipe: Recipe, stages: Stages, target: Path, drafters: dict[str, Pa
     def parity(name: str, drafter: str, responses: str, offsets: str, *more: str | int) -> dict[str, Any]:
         return stages.run(
             f"parity-{name}", "parity", "--target", target, "--drafter", drafters[drafter], "--responses",
-            out / f"{responses}.jsonl", "--position-offsets", offsets, *more, allowed=(0, 1),
+            out / f"{responses}.jsonl", "--position-offsets", offsets,
+            "--limit", recipe.parity_texts, *more, allowed=(0, 1),
         )  # fmt: skip
 
     checks = {
