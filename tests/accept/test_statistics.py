@@ -1,46 +1,25 @@
 """Means, replay and intervals on results made by hand."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dflash_jax.accept import (
-    SequenceResult,
     bootstrap_interval,
+    by_context_length,
+    by_offset,
+    by_prompt_set,
+    by_slot,
     offset_differences,
     replay_blocks,
     statistics,
     summarise,
-    walk_chain,
 )
 from oracles import acceptance
-
-
-def result(accepted, *, prompt_len, block_size=4, correct=None, prompt_hash=1, sequence_index=0, position_offset=0):
-    """A greedy text of `len(accepted) + 1` response tokens: slots are labelled as far as the text goes."""
-    length = prompt_len + len(accepted) + 1
-    labelled = np.array([
-        [prompt_len + i + k < length for k in range(1, block_size)] for i in range(len(accepted))
-    ])  # fmt: skip
-    hits = labelled & (np.zeros_like(labelled) if correct is None else np.array(correct, bool))
-    accepted = np.array(accepted, np.int32)
-    return SequenceResult(
-        prompt_hash=prompt_hash,
-        prompt_set="toy",
-        text_hash=prompt_hash,
-        sequence_index=sequence_index,
-        position_offset=position_offset,
-        prompt_len=prompt_len,
-        length=length,
-        num_departures=0,
-        anchors=np.arange(prompt_len, length - 1, dtype=np.int32),
-        accepted=accepted,
-        correct=hits,
-        labelled=labelled,
-        on_chain=walk_chain(accepted, prompt_len=prompt_len, length=length),
-    )
-
+from support.results import some_result as result
 
 A = result([1, 0, 1, 1, 0], prompt_len=2, correct=[[1, 0, 1], [0, 1, 0], [1, 0, 0], [1, 0, 0], [0, 0, 0]])
 B = result(
@@ -111,6 +90,72 @@ def test_texts_of_one_prompt_are_one_prompt():
     assert found["num_prompts"] == 1
     assert found["accept_len_ci95"] == [0.8, 0.8]
     assert found["replay"]["tau_ci95"] == pytest.approx([1.8, 1.8])
+
+
+def test_one_plus_the_chain_s_survival_is_tau():
+    """Exactly, as fractions: the floats of the two are one rounding apart at most."""
+    draw = np.random.default_rng(7)
+    for block_size in (2, 4, 8):
+        texts = []
+        for index in range(5):
+            anchors = int(draw.integers(block_size, 40))
+            most = np.minimum(block_size - 1, anchors - np.arange(anchors))
+            texts.append(
+                result(draw.integers(0, most + 1).tolist(), prompt_len=3, block_size=block_size, prompt_hash=index)
+            )
+        found = summarise(texts, samples=3, seed=0)
+        assert found is not None
+        replay, blocks = found["replay"], [block for text in texts for block in replay_blocks(text)]
+        counts = [round(share * replay["num_blocks"]) for share in replay["survival"]]
+        assert counts == [sum(block - 1 >= k for block in blocks) for k in range(1, block_size)]
+        assert replay["num_blocks"] + sum(counts) == sum(blocks) == sum(len(text.accepted) for text in texts)
+        assert replay["tau_micro"] == sum(blocks) / len(blocks)
+
+
+def test_the_chain_is_not_known_from_some_anchors():
+    some = replace(A.at(np.array([1, 1, 1, 0, 0], bool)), on_chain=None)
+    found = summarise([some, B], samples=10, seed=0)
+    assert found is not None
+    assert found["replay"] is None
+    assert found["num_anchors"] == 5
+    with pytest.raises(ValueError, match="the chain is not known: evaluate every eligible anchor"):
+        replay_blocks(some)
+
+
+def test_buckets_of_context_length():
+    # anchors 60 to 69, blocks of 3: two slots to accept; the chain visits 60, 62, 65, 66, 68
+    text = result([1, 0, 2, 0, 0, 0, 1, 0, 1, 0], prompt_len=60, block_size=3)
+    found = by_context_length(
+        [text, result([0, 0, 2, 1], prompt_len=300, block_size=3, prompt_hash=2)], samples=50, seed=0
+    )
+    assert list(found) == ["0-63", "64-127", "256-511"]
+    near, far = found["0-63"], found["64-127"]
+    assert [near["num_anchors"], far["num_anchors"], found["256-511"]["num_anchors"]] == [4, 5, 3]
+    assert near["accept_len_mean"] == 3 / 4
+    assert far["accept_len_mean"] == 2 / 5
+    # blocks that start in the bucket commit 2 and 3, then 1, 2 and 2
+    assert (near["replay"]["tau_micro"], near["replay"]["num_blocks"]) == (2.5, 2)
+    assert (far["replay"]["tau_micro"], far["replay"]["num_blocks"]) == (pytest.approx(5 / 3), 3)
+    assert by_context_length([], samples=5, seed=0) == {}
+
+
+def test_buckets_of_sets_and_offsets():
+    other = result([0, 2, 2, 1], prompt_len=1, prompt_hash=2, prompt_set="code", position_offset=4096)
+    sets = by_prompt_set([A, other], samples=50, seed=0)
+    assert sets == {"code": summarise([other], samples=50, seed=0), "toy": summarise([A], samples=50, seed=0)}
+    assert by_offset([other, A], samples=50, seed=0) == {"0": sets["toy"], "4096": sets["code"]}
+    # a group without one whole block says nothing
+    assert list(by_offset([A, result([1, 0], prompt_len=1, position_offset=7)], samples=5, seed=0)) == ["0"]
+
+
+def test_slots_by_hand():
+    assert by_slot([A, B]) == [
+        {"slot": 1, "token_acc": pytest.approx(6 / 9), "num_labelled": 9},
+        {"slot": 2, "token_acc": pytest.approx(3 / 7), "num_labelled": 7},
+        {"slot": 3, "token_acc": pytest.approx(2 / 5), "num_labelled": 5},
+    ]
+    lone = by_slot([result([1, 0], prompt_len=1, correct=[[1, 0, 0], [0, 0, 0]])])
+    assert lone[2] == {"slot": 3, "token_acc": None, "num_labelled": 0}
 
 
 def test_nothing_whole_is_no_summary():
