@@ -1,5 +1,6 @@
 """Drafter folders: the public layout, both ways, and what bad folders are told."""
 
+import dataclasses
 import json
 
 import jax
@@ -9,7 +10,8 @@ import numpy as np
 import pytest
 
 from dflash_jax.core import InputError, load_tensors, save_tensors
-from dflash_jax.drafter import drafter_fingerprint, load_drafter, read_drafter_config, save_drafter
+from dflash_jax.drafter import context_kv, drafter_fingerprint, load_drafter, read_drafter_config, save_drafter
+from dflash_jax.nn import YarnScaling
 from support import tiny
 
 # the released Qwen3-8B-DFlash-b16 file, without what names code or the target's ids
@@ -118,6 +120,41 @@ def test_bfloat16_stays_bfloat16_on_disk_and_loads_as_asked(tmp_path):
     np.testing.assert_array_equal(load_drafter(tmp_path, dtype=jnp.bfloat16).fc.weight, drafter.fc.weight)
 
 
+YARN = {"rope_type": "yarn", "factor": 32.0, "original_max_position_embeddings": 4096, "truncate": False}
+
+
+def test_the_published_gpt_oss_drafters_rope_is_read_and_written(folder):
+    drafter = tiny.random_drafter(
+        tiny.tiny_drafter_config(
+            rope_scaling=YarnScaling(factor=32.0, original_max_position_embeddings=4096, truncate=False)
+        )
+    )
+    save_drafter(drafter, folder)
+    written = json.loads((folder / "config.json").read_text())
+    assert written["rope_scaling"] == YARN | {"beta_fast": 32.0, "beta_slow": 1.0}
+    assert written["rope_theta"] == 7000.0
+    assert load_drafter(folder).config == drafter.config
+    assert drafter.config.rope.attention_factor == pytest.approx(1.3466, abs=1e-4)  # spec, section 5.3
+    # as transformers 5 would write it
+    change_config(folder, rope_scaling="remove", rope_parameters=YARN | {"rope_theta": 7000.0})
+    assert read_drafter_config(folder).rope == drafter.config.rope
+
+
+def test_a_scaled_rope_turns_the_drafters_queries_and_keys():
+    plain = tiny.random_drafter(tiny.tiny_drafter_config())
+    config = tiny.tiny_drafter_config(
+        rope_scaling=YarnScaling(factor=32.0, original_max_position_embeddings=64, truncate=False)
+    )
+    scaled = dataclasses.replace(plain, config=config)
+    features = jnp.asarray(np.random.default_rng(0).normal(size=(3, 48)), jnp.float32)
+    positions = jnp.array([0, 1, 50], jnp.int32)
+    near, far = (context_kv(drafter, features, positions)[0] for drafter in (plain, scaled))
+    np.testing.assert_array_equal(near.v, far.v)
+    # position 0 turns nothing: there the keys only grow by the attention factor
+    np.testing.assert_allclose(far.k[:, 0], near.k[:, 0] * np.float32(config.rope.attention_factor), rtol=1e-6)
+    assert not np.allclose(far.k[:, 2], near.k[:, 2] * np.float32(config.rope.attention_factor), rtol=0.01)
+
+
 def test_newer_layouts_are_read(folder):
     config = read_drafter_config(folder)
     change_config(
@@ -161,6 +198,11 @@ def test_the_fingerprint_is_of_the_weights(folder, tmp_path_factory):
         ({"vocab_size": "many"}, r"config\.json: a size or an id is no number.*'many'"),
         ({"dflash_config": {"mask_token_id": 53}}, r"mask_token_id 53 is outside the vocabulary of 53"),
         ({"dflash_config": {"target_layer_ids": [1, 5]}}, r"target_layer_ids \[1, 5\] are not layers of a target of 5"),
+        (
+            {"dflash_config": {"target_layer_ids": [1, 4]}},
+            r"captures the target's last layer, 4: other engines take that one after the target's final norm and would "
+            r"not agree; capture layers 0 to 3",
+        ),
         ({"num_key_value_heads": 4}, r"num_attention_heads 6 is no multiple of num_key_value_heads 4"),
         ({"block_size": 1}, r"block_size is 1, at least 2 are needed"),
     ],

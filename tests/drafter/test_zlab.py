@@ -5,12 +5,19 @@ import numpy as np
 import pytest
 
 from dflash_jax.drafter import draft_blocks, save_drafter
+from dflash_jax.nn import Llama3Scaling, YarnScaling
 from support import tiny, zlab
 
+YARN = YarnScaling(factor=8.0, original_max_position_embeddings=32, beta_fast=4.0, truncate=False)
+LLAMA3 = Llama3Scaling(factor=4.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=32)
 
-@pytest.mark.parametrize("attention_bias", [False, True])
-def test_drafter_outputs_are_z_lab_s(tmp_path, attention_bias):
-    drafter = tiny.random_drafter(tiny.tiny_drafter_config(attention_bias=attention_bias))
+
+# gpt-oss's drafters have biases and YaRN
+@pytest.mark.parametrize(
+    ("attention_bias", "rope_scaling"), [(False, None), (True, None), (True, YARN), (False, LLAMA3)]
+)
+def test_drafter_outputs_are_z_lab_s(tmp_path, attention_bias, rope_scaling):
+    drafter = tiny.random_drafter(tiny.tiny_drafter_config(attention_bias=attention_bias, rope_scaling=rope_scaling))
     save_drafter(drafter, tmp_path)
     theirs = zlab.load_zlab_drafter(tmp_path)
     assert (theirs.block_size, theirs.mask_token_id, theirs.target_layer_ids) == (5, tiny.MASK_ID, [1, 3])

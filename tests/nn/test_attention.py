@@ -77,7 +77,9 @@ def test_a_query_sees_what_is_drawn():
 
 def test_a_window_does_not_make_the_scores_of_a_long_cache():
     shapes = jax.eval_shape(lambda: causal_inputs_of_zeros(query=8, capacity=4096))
-    whole, cut = (causal.lower(*shapes, window=window).compile().cost_analysis()["flops"] for window in (None, 32))
+    whole, cut = (
+        (causal.lower(*shapes, window=window).compile().cost_analysis() or {})["flops"] for window in (None, 32)
+    )
     assert cut < whole * (8 + 32) / 4096 * 1.5  # measured 1.1 times the share of the rows
 
 

@@ -129,7 +129,7 @@ def executed_flops(num_experts, top_k, *, rows=256, hidden=64, mlp=48):
     chosen = np.stack([draw.permutation(num_experts)[:top_k] for _ in range(rows)]).astype(np.int32)
     experts = make(matrices(num_experts, hidden=hidden, mlp=mlp))
     args = experts, jnp.zeros((rows, hidden)), jnp.asarray(chosen), jnp.zeros((rows, top_k))
-    counted = jitted.lower(*args).compile().cost_analysis()["flops"]
+    counted = (jitted.lower(*args).compile().cost_analysis() or {})["flops"]
     block = moe.rows_per_block(rows * top_k, num_experts)
     body = 6 * block * hidden * mlp
     plan = moe.plan_blocks(jnp.sort(jnp.asarray(chosen.reshape(-1))), num_experts=num_experts, block=block)

@@ -6,11 +6,12 @@ and decoding; a block sees features strictly before its anchor and its own slots
 """
 
 from dflash_jax.drafter.blocks import BlockLabels, StoredSequence, block_labels, eligible_anchors
-from dflash_jax.drafter.config import DrafterConfig, read_drafter_config
+from dflash_jax.drafter.config import DrafterConfig, check_not_last_layer, read_drafter_config
 from dflash_jax.drafter.folder import drafter_fingerprint, drafter_shapes, load_drafter, save_drafter
 from dflash_jax.drafter.model import (
     ContextKV,
     Drafter,
+    DrafterLayer,
     context_kv,
     draft_blocks,
     draft_hidden,
@@ -24,8 +25,10 @@ __all__ = [
     "ContextKV",
     "Drafter",
     "DrafterConfig",
+    "DrafterLayer",
     "StoredSequence",
     "block_labels",
+    "check_not_last_layer",
     "context_kv",
     "draft_blocks",
     "draft_hidden",

@@ -128,6 +128,22 @@ def _check_neutral(raw: dict[str, Any], where: Path) -> None:
         raise InputError(f"{where}: not handled: {'; '.join(problems)}")
 
 
+def check_not_last_layer(capture_layers: tuple[int, ...], num_target_layers: int, *, what: str) -> None:
+    """Refuse features of the target's last layer: no two engines would agree about them.
+
+    Hugging Face's `hidden_states` hold, for that layer alone, what the final norm made of its output, so z-lab's loop
+    would feed a drafter something else than it was trained on here.
+
+    Raises:
+        InputError: the last layer is captured.
+    """
+    if num_target_layers - 1 in capture_layers:
+        raise InputError(
+            f"{what} captures the target's last layer, {num_target_layers - 1}: other engines take that one after the "
+            f"target's final norm and would not agree; capture layers 0 to {num_target_layers - 2}"
+        )
+
+
 def _check_ranges(config: DrafterConfig, where: Path) -> None:
     """An id out of range would index nothing and raise nothing: JAX clamps it."""
     wrong = {
@@ -154,7 +170,7 @@ def read_drafter_config(folder: Path) -> DrafterConfig:
 
     Raises:
         InputError: no such folder or no `config.json`; not a DFlash drafter; a field that changes the maths and is not
-            handled; a field that is missing, no number, or out of range.
+            handled; a field that is missing, no number, or out of range; the target's last layer is captured.
     """
     if not folder.is_dir():
         raise InputError(f"no drafter folder at {folder}")
@@ -193,4 +209,5 @@ def read_drafter_config(folder: Path) -> DrafterConfig:
     except (TypeError, ValueError) as error:
         raise InputError(f"{where}: a size or an id is no number: {error}") from error
     _check_ranges(config, where)
+    check_not_last_layer(config.capture_layers, config.num_target_layers, what=str(where))
     return config
