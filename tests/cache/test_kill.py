@@ -12,6 +12,7 @@ import pytest
 
 from dflash_jax.cache import CacheBuildConfig, open_cache, verify_cache
 from dflash_jax.cache.ledger import Share
+from dflash_jax.cache.plan import ShardPlan
 from dflash_jax.core import InputError
 from support import toy_cache
 
@@ -23,7 +24,7 @@ def run(*arguments, **options):
 
 
 def test_killed_25_times_gives_the_same_bytes(tmp_path):
-    rows = toy_cache.toy_rows(150)
+    rows = toy_cache.toy_rows(150, responses=3)
     for name in ("whole", "killed"):
         toy_cache.write_inputs(tmp_path / name, rows)
     toy_cache.build_toy(tmp_path / "whole")
@@ -158,9 +159,10 @@ def test_shares_interrupted_anywhere_and_finished_by_another_number_of_processes
 
 
 def test_shares_are_the_shards_once():
+    shards = tuple(ShardPlan(file=f"{i}", steps=(), sequences=1, tokens=1) for i in range(5))
     for count in (1, 2, 3, 7):
-        shares = [Share(index=index, count=count).of(tuple(range(5))) for index in range(count)]
-        assert [shard for share in shares for shard in share] == list(range(5))
+        shares = [Share(index=index, count=count).of(shards) for index in range(count)]
+        assert [shard for share in shares for shard in share] == list(shards)
         assert max(map(len, shares)) - min(map(len, shares)) <= 1
 
 

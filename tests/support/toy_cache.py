@@ -53,11 +53,14 @@ def write_responses(path, rows):
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
-def toy_rows(count):
-    """Sequences of 2 to 150 tokens, all different."""
+def toy_rows(count, responses=1):
+    """Sequences of 2 to 150 tokens, all different; `responses` in a row answer one prompt."""
     draw = random.Random(5)
     ids = lambda most: [draw.randrange(VOCAB) for _ in range(draw.randint(1, most))]
-    return [(ids(60), ids(90)) for _ in range(count)]
+    if responses == 1:
+        return [(ids(60), ids(90)) for _ in range(count)]
+    prompts = [ids(60) for _ in range(-(-count // responses))]
+    return [(prompts[i // responses], ids(90)) for i in range(count)]
 
 
 def write_inputs(folder, rows):
@@ -109,9 +112,7 @@ class ToyCapture:
     def _captured(self, features, next_ids):
         if not self.layout.quantised:  # without jax, whose start would take most of the time of a build that is killed
             scales = np.zeros((*next_ids.shape, 0), ml_dtypes.bfloat16)
-            return Captured(
-                features=features.astype(self.layout.numpy_dtype), feature_scales=scales, next_ids=next_ids
-            )
+            return Captured(features=features.astype(self.layout.numpy_dtype), feature_scales=scales, next_ids=next_ids)
         stored, scales = store_features(jnp.asarray(features), self.layout)
         return Captured(features=np.asarray(stored), feature_scales=np.asarray(scales), next_ids=next_ids)
 

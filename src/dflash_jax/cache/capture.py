@@ -12,13 +12,15 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int32, Shaped
 
-from dflash_jax.cache.build import BuildProgress, CacheBuildConfig, build_cache, resolve_layers
+from dflash_jax.cache.build import BuildPlan, BuildProgress, CacheBuildConfig, build_cache, resolve_layers
 from dflash_jax.cache.features import FeatureLayout, store_features
 from dflash_jax.cache.forward import Captured
+from dflash_jax.cache.selftest import Findings, require, self_test
 from dflash_jax.core import mesh_shape
 from dflash_jax.targets import (
     KVCache,
     Target,
+    TargetConfig,
     TargetOutput,
     extend,
     load_target,
@@ -30,6 +32,7 @@ from dflash_jax.targets import (
     read_target_config,
     whole_axes,
 )
+from dflash_jax.text import load_tokenizer
 
 Stored = tuple[
     Shaped[Array, "batch seq features"], Float[Array, "batch seq scales"], Int32[Array, "batch seq"], KVCache | None
@@ -143,33 +146,64 @@ def _captured(results: list[Any], rows: int) -> Captured:
     return Captured(features=features, feature_scales=scales, next_ids=labels)
 
 
+def target_capture(config: CacheBuildConfig, target: TargetConfig, *, mesh: Mesh | None) -> TargetCapture:
+    """Return the forward of a build.
+
+    Raises:
+        InputError: a capture layer is not in the target.
+    """
+    layers = resolve_layers(config, target.num_layers)
+    return TargetCapture(
+        config.target,
+        capture_layers=layers,
+        layout=replace(config, capture_layers=layers).feature_layout(target.hidden_size),
+        rope=config.rope,
+        mesh=mesh,
+    )
+
+
 def build(
-    config: CacheBuildConfig, *, fingerprint: dict[str, Any], progress: Callable[[BuildProgress], None] | None = None
+    config: CacheBuildConfig,
+    *,
+    fingerprint: dict[str, Any],
+    progress: Callable[[BuildProgress], None] | None = None,
+    report: Callable[[Findings], None] | None = None,
 ) -> dict[str, Any]:
     """Build a cache of a target folder's features; see `build_cache`, whose result and errors these are.
 
-    The result has `mesh` and `whole_axes` (what the mesh cannot split, and why) besides.
+    The result has besides `mesh`, `whole_axes` (what the mesh cannot split, and why) and `self_test`: what the capture
+    self-test found before anything was written, by check; empty where nothing was left to build.
 
     Args:
         config: settings.
         fingerprint: `targets.fingerprint` and the tokenizer's, merged; the rope's parameters are added here.
         progress: called after every batch.
+        report: called with what the self-test found, before the build goes on or is refused.
+
+    Raises:
+        InputError: see `build_cache`; or the self-test failed.
     """
     target = read_target_config(config.target, rope=config.rope)
-    layers = resolve_layers(config, target.num_layers)
-    config = replace(config, capture_layers=layers)
     if config.process_count is None:
         config = replace(config, process_index=jax.process_index(), process_count=jax.process_count())
     # each of several processes builds shards of its own, with its own devices
     mesh = open_mesh(target, config.mesh, local=True)
-    capture = TargetCapture(
-        config.target,
-        capture_layers=layers,
-        layout=config.feature_layout(target.hidden_size),
-        rope=config.rope,
-        mesh=mesh,
-    )
+    capture = target_capture(config, target, mesh=mesh)
+    findings: Findings = {}
+
+    def test(plan: BuildPlan) -> None:
+        tokenizer = load_tokenizer(config.target) if (config.target / "tokenizer.json").is_file() else None
+        findings.update(self_test(plan, capture.target, tokenizer=tokenizer))
+        if report:
+            report(findings)
+        require(findings)
+
     built = build_cache(
-        config, fingerprint=fingerprint | {"rope": target.rope.to_json()}, capture=capture, progress=progress
+        config,
+        fingerprint=fingerprint | {"rope": target.rope.to_json()},
+        capture=capture,
+        progress=progress,
+        before=test,
     )
-    return built | {"mesh": str(mesh_shape(mesh)), "whole_axes": whole_axes(target, mesh_shape(mesh))}
+    split = {"mesh": str(mesh_shape(mesh)), "whole_axes": whole_axes(target, mesh_shape(mesh))}
+    return {"self_test": findings, **built, **split}

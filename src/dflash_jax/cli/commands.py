@@ -5,6 +5,7 @@ A command's room is imported when the command is looked up, not before: jax and 
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -118,6 +119,16 @@ def _responses() -> Parts:
     return ResponsesConfig, _with_bar("responses", generate_responses)
 
 
+def _show_self_test(findings: Mapping[str, Any]) -> None:
+    """Print what the capture self-test found, before the hours it is to spare."""
+    from rich.console import Console
+
+    from dflash_jax.cli.tables import show
+
+    table = {"capture self-test": findings}
+    show("capture self-test", table, console=Console(stderr=True, markup=False, emoji=False, highlight=False))
+
+
 def _cache_build() -> Parts:
     from dflash_jax.cache import BuildProgress, CacheBuildConfig, build
 
@@ -128,9 +139,11 @@ def _cache_build() -> Parts:
         with progress_bar("cache build") as move:
 
             def progress(now: BuildProgress) -> None:
-                move(now.tokens_done, now.tokens_total, f"{now.tokens_done:,} tokens, {now.bytes_done / 1e9:.2f} GB")
+                note = f"{now.tokens_done:,} tokens, {now.tokens_per_s:,.0f} tokens/s, {now.bytes_done / 1e9:.2f} GB"
+                left = timedelta(seconds=round(now.seconds_left))
+                move(now.tokens_done, now.tokens_total, f"{note} of {now.bytes_total / 1e9:.2f}, {left} left")
 
-            return build(config, fingerprint=fingerprint, progress=progress)
+            return build(config, fingerprint=fingerprint, progress=progress, report=_show_self_test)
 
     return CacheBuildConfig, run
 
