@@ -144,7 +144,7 @@ def test_bad_input_is_one_line(tmp_path, world):
     refused(world, "^no drafter folder at .*gone$", drafter=tmp_path / "gone")
     refused(world, "^--block-size is 6: the drafter was trained for blocks of 5, at most that$", block_size=6)
     refused(world, "^at offset 0 the engine's positions begin at -1: shift the other one", block_shift=-1)
-    refused(world, r"^--position-offsets 2147483600 \+ the longest text's", position_offsets=(0, 2147483600))
+    refused(world, r"^--position-offsets 2147483640 \+ the longest text's", position_offsets=(0, 2147483640))
     (tmp_path / "short.jsonl").write_text('{"id": "a", "prompt_ids": [5, 6], "response_ids": [7]}\n')
     refused(world, "^no text has a response of two tokens or more", responses=tmp_path / "short.jsonl")
 
