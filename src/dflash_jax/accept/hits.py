@@ -42,11 +42,14 @@ def _surely_wrong(
 def _is_argmax(
     hidden: Float[Array, "row hidden"], labels: Int32[Array, " row"], head: Float[Array, "vocab hidden"]
 ) -> Bool[Array, " row"]:
-    """Whether no column beats the label's, all of one product; a lower id wins a tie, as in `nn.greedy_tokens`."""
+    """Whether the label's column beats every other, all of one product; a lower id wins a tie, as in `greedy_tokens`.
+
+    Asked so, and not whether no column beats it: a row of NaN, where no column beats any, is no hit.
+    """
     logits = jnp.einsum("rh,vh->rv", hidden, head, preferred_element_type=jnp.float32)
     own = jnp.take_along_axis(logits, labels[:, None], axis=-1)
-    lower = lax.broadcasted_iota(jnp.int32, logits.shape, 1) < labels[:, None]
-    return ~((logits > own) | ((logits == own) & lower)).any(axis=-1)
+    higher = lax.broadcasted_iota(jnp.int32, logits.shape, 1) >= labels[:, None]
+    return ((logits < own) | ((logits == own) & higher)).all(axis=-1)
 
 
 def label_hits(
@@ -58,6 +61,8 @@ def label_hits(
     rivals: Float[Array, "rival hidden"],
 ) -> Bool[Array, " row"]:
     """Return `asked & (labels == greedy_tokens(hidden, head))`, at the cost of the rows that rivals leave open.
+
+    A row that holds a NaN is no hit, whatever its label.
 
     Args:
         hidden: rows after the drafter's final norm.
