@@ -27,7 +27,6 @@ from dflash_jax.parity.verdict import Difference, judge, worst
 
 DIAGNOSIS_PROMPTS = 32
 """Texts on which links are exchanged: finding a cause needs fewer than bounding a difference."""
-_EXAMINED = 4
 _LITTLE = 5
 """A reference of fewer margins than this has hardly anything to lose."""
 
@@ -140,8 +139,8 @@ class _Parity:
             rows[offset] |= {"swaps": dict(swaps.accepted), "spoils": dict(spoils.accepted)}
             progress(done, len(broken), f"exchanging links at {offset:,}")
             if offset == broken[-1]:
-                examined = make_batches(self.texts[:_EXAMINED], tokens_per_batch=1 << 30)[0]
-                cause = engine_cause(self.chain, self.engine, examined, offset=offset, swaps=swaps, spoils=spoils)
+                # a batch whose shape is compiled already
+                cause = engine_cause(self.chain, self.engine, self.some[0], offset=offset, swaps=swaps, spoils=spoils)
         return cause
 
     def exchange(self, choices: Mapping[str, Any]) -> Exchange:
