@@ -9,6 +9,7 @@ from dflash_jax.cache.batch import HostBatch, stack_on_host, stack_sequences
 from dflash_jax.cache.build import BuildProgress, build_cache
 from dflash_jax.cache.capture import build
 from dflash_jax.cache.config import CacheBuildConfig
+from dflash_jax.cache.cost import CacheCostConfig, cache_cost
 from dflash_jax.cache.features import FeatureLayout
 from dflash_jax.cache.forward import Capture
 from dflash_jax.cache.manifest import check_fingerprint
@@ -22,6 +23,7 @@ __all__ = [
     "BuildProgress",
     "Cache",
     "CacheBuildConfig",
+    "CacheCostConfig",
     "Capture",
     "FeatureLayout",
     "HostBatch",
@@ -31,6 +33,7 @@ __all__ = [
     "TextGroup",
     "build",
     "build_cache",
+    "cache_cost",
     "cache_info",
     "check_fingerprint",
     "hash_prompt",

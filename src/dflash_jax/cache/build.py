@@ -90,15 +90,17 @@ def resolve_layers(config: CacheBuildConfig, num_layers: int) -> tuple[int, ...]
     return layers
 
 
-def plan_build(config: CacheBuildConfig) -> BuildPlan:
-    """Read the responses and plan a build. Of the target only `config.json` is read, and nothing is written.
+def plan_sequences(config: CacheBuildConfig, target: TargetConfig, responses: Responses) -> BuildPlan:
+    """Plan the build of some sequences.
+
+    Args:
+        config: settings, capture layers resolved.
+        target: the target's architecture.
+        responses: the texts; only their lengths and prompt hashes count.
 
     Raises:
-        InputError: bad responses, layers or offsets.
+        InputError: an offset that is too high for the longest sequence; more than 100000 shards.
     """
-    target = read_target_config(config.target, rope=config.rope)
-    config = replace(config, capture_layers=resolve_layers(config, target.num_layers))
-    responses = read_responses(config.responses, vocab_size=target.vocab_size, max_length=target.max_positions)
     longest = int(responses.lengths.max())
     if max(config.position_offsets) + longest > MAX_POSITION:
         raise InputError(
@@ -117,6 +119,18 @@ def plan_build(config: CacheBuildConfig) -> BuildPlan:
     )
     extends = any(step.extensions for shard in shards for step in shard.steps)
     return BuildPlan(config=config, target=target, responses=responses, shards=shards, extends=extends)
+
+
+def plan_build(config: CacheBuildConfig) -> BuildPlan:
+    """Read the responses and plan a build. Of the target only `config.json` is read, and nothing is written.
+
+    Raises:
+        InputError: bad responses, layers or offsets.
+    """
+    target = read_target_config(config.target, rope=config.rope)
+    config = replace(config, capture_layers=resolve_layers(config, target.num_layers))
+    responses = read_responses(config.responses, vocab_size=target.vocab_size, max_length=target.max_positions)
+    return plan_sequences(config, target, responses)
 
 
 def new_manifest(plan: BuildPlan, fingerprint: dict[str, Any]) -> dict[str, Any]:

@@ -148,6 +148,12 @@ def _cache_build() -> Parts:
     return CacheBuildConfig, run
 
 
+def _cache_cost() -> Parts:
+    from dflash_jax.cache import CacheCostConfig, cache_cost
+
+    return CacheCostConfig, cache_cost
+
+
 def _cache_info() -> Parts:
     def run(config: CacheInfoConfig) -> Result:
         from dflash_jax.cache import cache_info
@@ -239,6 +245,7 @@ COMMANDS = (
     Command(name="target info", summary="what a target folder holds", load=_target_info),
     Command(name="responses", summary="prompts to greedy responses of the target", load=_responses),
     Command(name="cache build", summary="responses to a feature cache, at any position offsets", load=_cache_build),
+    Command(name="cache cost", summary="bytes and time of a feature cache before it is built", load=_cache_cost),
     Command(name="cache info", summary="what a feature cache holds", load=_cache_info),
     Command(
         name="cache verify",
