@@ -85,8 +85,8 @@ def forgets_the_offset_of_half(target, tokens, *, position_offset, **named):
     [
         (normed, {"residual or normed"}),
         (layer_off_by_one, {"residual or normed"}),
-        (sees_padding, {"residual or normed", "padding", "batch of many, of one"}),
-        (mixes_rows, {"residual or normed", "batch of many, of one"}),
+        (sees_padding, {"residual or normed", "padding"}),
+        (mixes_rows, {"residual or normed", "padding", "batch of many, of one"}),
         (forgets_the_offset_of_half, {"rope at the offsets"}),
     ],
 )
