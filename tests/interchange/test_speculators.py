@@ -3,6 +3,7 @@
 import hashlib
 import json
 import shutil
+import warnings
 from pathlib import Path
 
 import ml_dtypes
@@ -12,7 +13,6 @@ import pytest
 import torch
 from hs_connectors.fp8_utils import dequantize_fp8_tensor, quantize_tensor_to_fp8
 from safetensors.torch import load_file, save_file
-from speculators.train.data import ArrowDataset
 
 from dflash_jax import targets, text
 from dflash_jax.cache import CacheBuildConfig, build, open_cache, verify_cache
@@ -29,6 +29,10 @@ from dflash_jax.interchange.turns import responses
 from support import tiny, toy_cache
 from support.peer_caches import bits, trace, write_speculators
 from support.zlab import load_hf_target
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # it compiles its models at import, and torch then warns of itself
+    from speculators.train.data import ArrowDataset
 
 AUX = (2, 4)  # what layers 2 and 4 read: the outputs of our layers 1 and 3
 DRAW = np.random.default_rng(3)

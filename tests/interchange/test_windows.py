@@ -140,7 +140,8 @@ def test_positions_may_be_absent(source, target_folder, tmp_path):
     ("name", "edit"),
     [
         ("context_features_u16", lambda x: x.__setitem__((2, 4, 7), x[2, 4, 7] ^ 1)),
-        ("target_ids", lambda x: x.__setitem__((1, 3), (x[1, 3] + 1) % 40)),
+        # the next sample of that rollout lies one token further on, and has three of these labels too
+        ("target_ids", lambda x: x.__setitem__((4, 3), (x[4, 3] + 1) % 40)),
         ("ctx_token_ids", lambda x: x.__setitem__((2, 3), (x[2, 3] + 1) % 40)),
     ],
 )
@@ -150,6 +151,17 @@ def test_samples_that_differ_in_one_bit_are_not_joined(source, target_folder, tm
     result = imported(source, target_folder, tmp_path / "cache", check_tokens=0)
     assert result["num_sequences"] > 3
     assert result["reproduced"] is True
+
+
+def test_a_label_that_the_text_does_not_follow_is_a_departure(source, target_folder, tmp_path):
+    """A whole block was committed, but verification's label of its fourth token was another."""
+    change(source, "target_ids", lambda x: (x.__setitem__((1, 3), 2), x)[1])
+    result = imported(source, target_folder, tmp_path / "cache", check_tokens=0)
+    assert (result["num_sequences"], result["reproduced"]) == (3, True)
+    sequence = open_cache(tmp_path / "cache").sequence(0)
+    anchor = CONTEXT + 5
+    departures = np.flatnonzero(sequence.token_ids[1:] != sequence.next_ids[:-1])
+    assert departures.tolist() == [*range(CONTEXT), anchor + 3]  # of the window nothing is known
 
 
 def meta_with(**changes):

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
-from jaxtyping import Array, Float, Int32, UInt16
+from jaxtyping import Array, Bool, Float, Int32, UInt16
 
 from dflash_jax.core import InputError
 from dflash_jax.targets import Target, fingerprint, load_target, next_ids, prefill, read_target_config
@@ -42,6 +42,12 @@ def relative_error(found: Float[np.ndarray, "seq hidden"], wanted: Float[np.ndar
     """
     difference = np.linalg.norm(found.astype(np.float64) - wanted.astype(np.float64), axis=1)
     return float(np.median(difference / np.maximum(np.linalg.norm(wanted.astype(np.float64), axis=1), 1e-30)))
+
+
+def not_finite(features: Float[np.ndarray, "seq features"]) -> Bool[np.ndarray, "seq features"]:
+    """Where features are NaN or infinite, by their exponent bits: a cast of such bits is a warning."""
+    exponent = {2: 0x7F80, 4: 0x7F800000}[features.dtype.itemsize]
+    return (as_bits(features) & exponent) == exponent
 
 
 class TargetSide:
@@ -92,12 +98,16 @@ class TargetSide:
         """Return the relative error of features against the target's own, the largest of the layers.
 
         Raises:
-            InputError: a column block is nearer to another layer than to the one it is said to be, or to none of them.
+            InputError: a column block is nearer to another layer than to the one it is said to be, or to none of
+                them; a feature is NaN or infinite.
         """
         layers = tuple(range(self.config.num_layers))
         offset = jax.device_put(np.array([position_offset], np.int32))
         own = np.asarray(_features(self._target, jax.device_put(token_ids[None]), offset, layers), np.float32)
         own = own.reshape(len(token_ids), len(layers), -1)
+        bad = np.flatnonzero(not_finite(features).any(axis=1))
+        if bad.size:
+            raise InputError(f"the features of token {bad[0]} of the first text are not finite")
         found = features.astype(np.float32).reshape(len(token_ids), len(capture_layers), -1)
         errors = []
         for place, layer in enumerate(capture_layers):
