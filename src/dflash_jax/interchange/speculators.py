@@ -18,11 +18,20 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 from jaxtyping import Float, Int32, UInt8
+from safetensors import SafetensorError, safe_open
 
-from dflash_jax.core import InputError, load_tensors, read_json, save_tensors, write_json
+from dflash_jax.core import InputError, read_header, read_json, save_tensors, write_json
 
 _ROWS_PER_BATCH = 1024
 _SCALES = "hidden_states_scales"
+_DTYPES = {
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "F16": np.dtype(np.float16),
+    "F32": np.dtype(np.float32),
+    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
+    "I32": np.dtype(np.int32),
+    "I64": np.dtype(np.int64),
+}
 _FLOATS = {np.dtype(kind) for kind in (ml_dtypes.bfloat16, np.float16, np.float32)}
 
 
@@ -113,9 +122,27 @@ def _integers(values: Any, *, lowest: int, highest: int, what: str) -> np.ndarra
     return array
 
 
+def _tensors(path: Path) -> dict[str, np.ndarray]:
+    """A file's tensors. By hand, for safetensors' own numpy reader knows no FP8."""
+    header = read_header(path, what="the hidden states")
+    try:
+        with safe_open(path, framework="numpy"):  # its strict parser makes the header trustworthy
+            raw = np.fromfile(path, np.uint8)
+    except SafetensorError as error:
+        raise InputError(f"the hidden states are not a readable safetensors file: {path}: {error}") from error
+    data, tensors = raw[8 + int(raw[:8].view("<u8")[0]) :], {}
+    for name, entry in header.items():
+        if entry["dtype"] not in _DTYPES:
+            raise InputError(f"{path}: {name} is of dtype {entry['dtype']}, one of {', '.join(_DTYPES)} is needed")
+        first, end = entry["data_offsets"]
+        # a copy: a tensor may begin at an odd byte
+        tensors[name] = data[first:end].copy().view(_DTYPES[entry["dtype"]]).reshape(entry["shape"])
+    return tensors
+
+
 def _hidden_states(path: Path) -> tuple[np.ndarray, np.ndarray]:
     """`token_ids` and `hidden_states` of one file."""
-    tensors = load_tensors(path, what="the hidden states")
+    tensors = _tensors(path)
     for name in ("token_ids", "hidden_states"):
         if name not in tensors:
             raise InputError(f"{path} has no tensor {name}: it is not speculators' hidden states")
