@@ -91,6 +91,54 @@ def check(**changes: Any) -> dict[str, Any]:
     return document | changes
 
 
+def parity(**changes: Any) -> dict[str, Any]:
+    """A parity that is broken far away, as an engine with rounded angles makes it."""
+
+    def offset(verdict: str, mean: float, drift: float, **more: Any) -> dict[str, Any]:
+        row = {"verdict": verdict, "accept_len_difference": mean, "ci95": [mean - 0.04, mean + 0.04]}
+        row |= {"offset_difference": mean, "offset_ci95": [mean - 0.05, mean + 0.05], "feature_drift": drift}
+        row |= {"drafter_drift": 0.0, "argmax_agreement": 1.0 - min(drift, 0.5), "accept_len_mean": 0.55 + mean}
+        row |= {"accept_len_ci95": [0.51 + mean, 0.59 + mean], "tau": 1.52 + mean, "num_anchors": 15744}
+        row |= {
+            "num_anchors_differing": round(-9000 * mean),
+            "more_prompts_needed": None,
+            "swaps": None,
+            "spoils": None,
+        }
+        return row | more
+
+    swaps = {"none": 0.15, "features": 0.53, "labels": 0.16, "drafter": 0.15, "all": 0.55}
+    far = offset("broken", -0.4, 0.8, swaps=swaps, spoils={"features": 0.17, "drafter": 0.55})
+    document = {
+        "verdict": "broken",
+        "cause": "the target's rotary angles are rounded to bfloat16",
+        "cause_id": "bfloat16_angles",
+        "evidence": [{"test": "angles of each kind", "result": "bfloat16 0, exact 1"}],
+        "by_ctx_pos_start": {
+            "0": offset("holds", 0.0, 0.0),
+            "65536": offset("undecided", -0.08, 3e-7, more_prompts_needed=40),
+            "131072": far,
+        },
+        "reference": bucket(0.55, anchors=15744, prompts=164),
+        "probes": {"layers-1": 0.1, "layers+1": 0.12},
+        "seen": None,
+        "unseen": bucket(0.55, anchors=15744, prompts=164),
+        "by_context_length": {
+            "128-255": bucket(0.5, anchors=744, prompts=64),
+            "64-127": bucket(0.6, anchors=9, prompts=4),
+        },
+        "margin": 0.1,
+        "num_prompts": 164,
+        "num_anchors": 15744,
+        "block_size": 8,
+        "rope": "bfloat16",
+        "drafter": "demo/run/run-600",
+        "notes": [],
+        "warnings": [],
+    }
+    return document | changes
+
+
 def decode(**changes: Any) -> dict[str, Any]:
     """A decode --compare record."""
     document = {"tokens_equal": True, "tau_micro": 1.482, "tau_macro": 1.513, "tokens_per_s": 71.4}
@@ -164,6 +212,7 @@ class Builder:
 
     bucket = staticmethod(bucket)
     check = staticmethod(check)
+    parity = staticmethod(parity)
     decode = staticmethod(decode)
     detail = staticmethod(detail)
     metrics = staticmethod(metrics)

@@ -279,6 +279,7 @@ def comparison_figure(comparisons: Sequence[Comparison]) -> Figure | None:
                 y=[_arrow(item) for item in held],
                 x=means,
                 mode="markers",
+                orientation="h",
                 marker={"size": 10, "symbol": ("circle", "diamond")[place]},
                 error_x=error_bars(means, intervals),
                 customdata=[

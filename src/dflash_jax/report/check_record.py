@@ -274,11 +274,17 @@ def check_from_json(document: Mapping[str, Any], *, where: str, label: str) -> C
     )
 
 
-def _side(fields: Fields | None, *, whole: Fields) -> str:
-    """What stood on one side of a comparison."""
-    if fields is None:
-        raise whole.bad("a and b", "two sides with a drafter and a cache each")
-    return side_label(fields.optional_text("drafter"), fields.optional_text("cache"))
+def _sides(fields: Fields) -> tuple[str, str]:
+    """What stood on either side of a comparison; the cache is left out where it is the same for both."""
+    a, b = (fields.optional_object(key) for key in ("a", "b"))
+    if a is None or b is None:
+        raise fields.bad("a" if a is None else "b", "an object of a drafter and a cache")
+    sides = [(side.optional_text("drafter"), side.optional_text("cache")) for side in (a, b)]
+    if sides[0][1] == sides[1][1] and sides[0][0] != sides[1][0]:
+        first, second = (short_path(drafter or "drafter") for drafter, _ in sides)
+    else:
+        first, second = (side_label(*side) for side in sides)
+    return first, second
 
 
 def side_label(drafter: str | None, cache: str | None) -> str:
@@ -303,9 +309,10 @@ def comparison_from(fields: Fields) -> Comparison:
         InputError: a key is missing or has another kind.
     """
     metrics = {name: fields.optional_object(name) for name in METRICS}
+    a, b = _sides(fields)
     return Comparison(
-        a=_side(fields.optional_object("a"), whole=fields),
-        b=_side(fields.optional_object("b"), whole=fields),
+        a=a,
+        b=b,
         paired=fields.boolean("paired"),
         num_prompts=fields.optional_integer("num_prompts"),
         num_anchors=fields.optional_integer("num_anchors"),

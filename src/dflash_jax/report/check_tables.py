@@ -245,7 +245,7 @@ def comparison_table(comparisons: Sequence[Comparison]) -> Table:
     )
     columns = ("a → b", "metric", "a", "b", "b − a [95 %]", "paired", "prompts", "anchors")
     note = "Paired: both sides saw the same anchors of the same texts. Not paired: the difference of two means."
-    return Table(title="Comparisons", columns=columns, rows=rows, notes=(note,))
+    return Table(title="Comparisons", columns=columns, rows=rows, notes=(note,), left=2)
 
 
 def render_table(check: Mapping[str, Any]) -> rich.table.Table:

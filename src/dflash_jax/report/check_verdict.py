@@ -157,15 +157,12 @@ def comparison_sentence(comparison: Comparison) -> Sentence:
         return Sentence(mark="info", lead=lead, text=comparison.verdict or "nothing was compared.")
     name, metric = next(iter(comparison.metrics.items()))
     kind = "paired by anchor" if comparison.paired else "not paired: other prompts"
-    text = (
-        f"{name} {metric.a:.3f} → {metric.b:.3f}, a difference of"
-        f" {with_interval(metric.difference, metric.ci95, sign='+')} ({kind})."
-    )
-    if comparison.verdict:
-        text += f" {comparison.verdict.rstrip('.')}."
+    difference = with_interval(metric.difference, metric.ci95, sign="+")
+    said = comparison.verdict.rstrip(".") if comparison.verdict else f"a difference of {difference}"
+    text = f"{name} {metric.a:.3f} → {metric.b:.3f} ({kind}): {said}."
     if metric.ci95 is None or 0.0 in metric.ci95:
         return Sentence(mark="info", lead=lead, text=text)
-    return Sentence(mark="good" if metric.difference > 0 else "bad", lead=lead, text=text)
+    return Sentence(mark="good" if metric.difference > 0 else "warn", lead=lead, text=text)
 
 
 def side_by_side_sentence(checks: Sequence[Check], comparisons: Sequence[Comparison]) -> Sentence | None:

@@ -22,7 +22,8 @@ GLOSSARY = {
     "feature drift": "How far the target's captured hidden states move with the offset, relative, root mean square. In"
     " exact arithmetic they do not move.",
     "link exchanged": "One link between text and acceptance (features, labels, positions, drafter) exchanged while all"
-    " others stay: mended in the engine's chain, or spoiled in a sound one. The link that turns the outcome is to blame.",
+    " others stay: mended in the engine's chain, or spoiled in a sound one. The link that turns the outcome is to"
+    " blame.",
     "seen, unseen": "Prompts that the drafter was trained on, and held-out ones, told apart by a hash of the prompt.",
     "block_size B": "Positions per block, the anchor (its known first token) included: B-1 tokens are drafted.",
 }

@@ -108,4 +108,4 @@ def render_result(result: Mapping[str, Any]) -> str:
     Raises:
         InputError: it is none of them, or is broken.
     """
-    return render_markdown(records_from_json(dict(result), where="the result", label="drafter"), title=None)
+    return render_markdown(records_from_json(dict(result), where="the result", label="decode"), title=None)

@@ -15,12 +15,12 @@ from dflash_jax.report.figures import (
     points,
 )
 from dflash_jax.report.parity_record import Measured, Parity
-from dflash_jax.report.parity_tables import link_name
+from dflash_jax.report.parity_tables import link_name, sorted_links
 from dflash_jax.report.tables import count
 
 SYMBOLS = {"holds": "circle", "broken": "x", "undecided": "diamond"}
 ROLES = {"holds": "good", "broken": "bad", "undecided": "warn"}
-ENGINE, REFERENCE = "the engine as it is", "the reference"
+ENDS = ("none", "all")
 
 
 def difference_figure(parity: Parity) -> Figure | None:
@@ -43,9 +43,7 @@ def difference_figure(parity: Parity) -> Figure | None:
         hovertemplate="%{x}: %{customdata[0]}<br>%{y:+.3f} (%{customdata[1]})<br>%{customdata[2]}<extra></extra>",
         meta={"colors": [ROLES[item.verdict] for item, _ in items.values()]},
     )
-    caption = (
-        "accept_len at the offset minus the smallest offset's, on the same anchors, with 95 % intervals over prompts."
-    )
+    caption = "The engine's accept_len minus the reference's, on the same anchors; 95 % intervals over prompts."
     caption += " Circle: holds; cross: broken; diamond: undecided."
     caption += "" if parity.margin is None else f" The band is the margin, ±{parity.margin:g} accepted tokens."
     return make_figure(
@@ -102,54 +100,42 @@ def exchange_figures(parity: Parity) -> list[Figure]:
     if not taken:
         return []
     offset = max(taken)
-    item, near = taken[offset], _reference(parity)
+    item = taken[offset]
     mended = _exchange(
         "parity-swaps",
         item.swaps,
         title=f"One link mended, at offset {offset:,}",
         caption="The engine's chain with that one link made sound. The link that brings acceptance back is to blame.",
-        ends={ENGINE: item.accept_len, REFERENCE: near},
     )
     spoiled = _exchange(
         "parity-spoils",
         item.spoils,
         title=f"One link spoiled, at offset {offset:,}",
         caption="A sound chain with that one link the engine's. The link that takes acceptance away is to blame.",
-        ends={REFERENCE: near, ENGINE: item.accept_len},
     )
     return [figure for figure in (mended, spoiled) if figure]
 
 
-def _reference(parity: Parity) -> Measured | None:
-    """The reference's accept_len."""
-    group = parity.reference
-    return None if group is None else Measured(mean=group.accept_len_mean, ci95=group.accept_len_ci95)
-
-
-def _exchange(
-    name: str, links: dict[str, Measured], *, title: str, caption: str, ends: dict[str, Measured | None]
-) -> Figure | None:
-    """accept_len by the link exchanged, between what it is without an exchange and what it ought to be."""
+def _exchange(name: str, links: dict[str, Measured], *, title: str, caption: str) -> Figure | None:
+    """accept_len by the link exchanged, beside that of no exchange and of all of them."""
     if not links:
         return None
-    first, last = ends.items()
-    found = [first, *((link_name(link), value) for link, value in links.items()), last]
-    rows = {place: value for place, value in found if value is not None}
-    means, intervals = [value.mean for value in rows.values()], [value.ci95 for value in rows.values()]
+    names = sorted_links(links)
+    means, intervals = [links[link].mean for link in names], [links[link].ci95 for link in names]
     trace = go.Scatter(
         x=means,
-        y=[plain(place) for place in rows],
+        y=[link_name(link) for link in names],
         mode="markers",
-        marker={"size": 11, "symbol": ["line-ns-open" if place in ends else "circle" for place in rows]},
+        marker={"size": 11, "symbol": ["diamond" if link in ENDS else "circle" for link in names]},
         error_x=error_bars(means, intervals),
         customdata=[interval_text(interval) for interval in intervals],
         hovertemplate="%{y}<br>accept_len %{x:.3f} (%{customdata})<extra></extra>",
-        meta={"colors": ["muted" if place in ends else "c0" for place in rows]},
+        meta={"colors": ["muted" if link in ENDS else "c0" for link in names]},
     )
     return make_figure(
         name,
         title=title,
-        caption=f"{caption} accept_len on the same anchors; an exchange is run on 32 prompts at most.",
+        caption=f"{caption} accept_len on the same anchors of 32 prompts at most.",
         traces=[trace],
         x={"title": "accept_len", "rangemode": "tozero"},
         y={"type": "category", "automargin": True, "autorange": "reversed"},

@@ -12,9 +12,10 @@ LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Table:
-    """Text cells under column names; `notes` are lines under the table. The first column is left-aligned.
+    """Text cells under column names; `notes` are lines under the table.
 
-    `rule` is the row that a line is drawn above, where the rows turn from parts to sums.
+    The first `left` columns hold words and stand left, the others numbers and stand right. `rule` is the row that a
+    line is drawn above, where the rows turn from parts to sums.
     """
 
     title: str
@@ -22,6 +23,7 @@ class Table:
     rows: tuple[tuple[str, ...], ...]
     notes: tuple[str, ...] = ()
     rule: int | None = None
+    left: int = 1
 
     @property
     def markdown(self) -> str:
@@ -30,7 +32,7 @@ class Table:
         def line(cells: tuple[str, ...]) -> str:
             return "| " + " | ".join(escape(cell).replace("|", "\\|") for cell in cells) + " |"
 
-        rule = ("---",) + ("---:",) * (len(self.columns) - 1)
+        rule = ("---",) * self.left + ("---:",) * (len(self.columns) - self.left)
         lines = [line(self.columns), line(rule), *map(line, self.rows)]
         return "\n".join(lines + (["", *(f"- {escape(note)}" for note in self.notes)] if self.notes else [])) + "\n"
 

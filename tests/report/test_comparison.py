@@ -1,0 +1,91 @@
+"""Checks compared: both sides, the difference, its interval, and what is said of it."""
+
+import re
+
+import pytest
+
+from dflash_jax.core import InputError
+from dflash_jax.report.check_figures import comparison_figure, group_figures
+from dflash_jax.report.check_tables import comparison_table, side_by_side
+from dflash_jax.report.check_verdict import comparison_sentence
+from dflash_jax.report.records import read_records
+
+
+def _comparison(**changes):
+    side = {"drafter": "r/run-1500", "cache": "c/offsets"}
+    metric = {"a": 0.17, "b": 2.59, "difference": 2.42, "ci95": [2.0, 2.8]}
+    document = {"a": side, "b": side | {"drafter": "r/run-1700"}, "paired": True, "num_prompts": 16, "num_anchors": 64}
+    return (
+        document | {"accept_len": metric, "tau": None, "token_acc": metric | {"ci95": None}, "verdict": None} | changes
+    )
+
+
+def _read(build, tmp_path, *comparisons):
+    first = build.check(drafter="r/run-1500", cache="c/offsets")
+    checks = [first, build.check(drafter="r/run-1700", cache="c/offsets")]
+    path = build.write_json(tmp_path / "c.json", first | {"checks": checks, "comparison": list(comparisons)})
+    return read_records([path])
+
+
+def test_a_document_of_several_checks_is_all_of_them(build, tmp_path):
+    records = _read(build, tmp_path, _comparison())
+    assert [check.label for check in records.checks] == ["r/run-1500", "r/run-1700"]
+    # The untrained drafter stands in the whole document and in its first check alike.
+    assert records.checks[0].untrained is not None
+    assert [(item.a, item.b) for item in records.comparisons] == [("r/run-1500", "r/run-1700")]
+
+
+def test_sides_are_named_by_what_differs(build, tmp_path):
+    side = {"drafter": "r/run-1", "cache": "c/base"}
+    caches = _comparison(a=side, b=side | {"cache": "c/offsets"})
+    both = _comparison(a=side, b={"drafter": "r/run-2", "cache": "c/offsets"})
+    for comparison in _read(build, tmp_path, caches, both).comparisons:
+        assert comparison.a == "r/run-1 on base"
+        assert comparison.b in ("r/run-1 on offsets", "r/run-2 on offsets")
+
+
+@pytest.mark.parametrize(
+    ("difference", "interval", "mark"),
+    [(2.4, [2.0, 2.8], "good"), (-2.4, [-2.8, -2.0], "warn"), (0.1, [-0.1, 0.3], "info"), (0.1, None, "info")],
+)
+def test_only_an_interval_that_leaves_out_zero_is_a_difference(build, tmp_path, difference, interval, mark):
+    metric = {"a": 0.0, "b": difference, "difference": difference, "ci95": interval}
+    [comparison] = _read(build, tmp_path, _comparison(accept_len=metric)).comparisons
+    assert comparison_sentence(comparison).mark == mark
+
+
+def test_what_is_said_names_the_pairing(build, tmp_path):
+    paired, apart = _read(build, tmp_path, _comparison(), _comparison(paired=False, verdict="b is better")).comparisons
+    assert comparison_sentence(paired).text == (
+        "accept_len 0.170 → 2.590 (paired by anchor): a difference of +2.420 [+2.000, +2.800]."
+    )
+    assert comparison_sentence(apart).text == "accept_len 0.170 → 2.590 (not paired: other prompts): b is better."
+
+
+def test_tables_and_figures_hold_the_numbers(build, tmp_path):
+    records = _read(build, tmp_path, _comparison())
+    assert comparison_table(records.comparisons).rows == (
+        ("r/run-1500 → r/run-1700", "accept_len", "0.170", "2.590", "+2.420 [+2.000, +2.800]", "yes", "16", "64"),
+        ("r/run-1500 → r/run-1700", "token_acc", "0.170", "2.590", "+2.420", "yes", "16", "64"),
+    )
+    figure = comparison_figure(records.comparisons)
+    assert figure is not None
+    [points] = figure.plot["data"]  # token_acc has another unit, and tau was not measured
+    assert (points["x"], points["error_x"]["array"]) == ([2.42], pytest.approx([0.38]))
+    assert side_by_side(records.checks).columns[1::2] == ("A accept_len_mean [95 %]", "B accept_len_mean [95 %]")
+    bars = group_figures(records.checks)[0].plot["data"]
+    assert [trace["name"] for trace in bars] == ["A) r/run-1500", "B) r/run-1700"]
+    assert all(trace["error_y"]["array"] for trace in bars)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"paired": "yes"}, "comparison 1: 'paired' is 'yes', true or false is needed"),
+        ({"a": None}, "comparison 1: 'a' is None, an object of a drafter and a cache is needed"),
+        ({"accept_len": {"a": 1.0}}, "comparison 1: accept_len: the key 'b' is missing"),
+    ],
+)
+def test_a_broken_comparison_is_one_line_with_file_and_key(build, tmp_path, change, message):
+    with pytest.raises(InputError, match=re.escape(message)):
+        _read(build, tmp_path, _comparison(**change))
