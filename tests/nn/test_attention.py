@@ -25,9 +25,10 @@ def sinks_of(heads):
     return np.linspace(-3, 4, heads).astype(np.float32)
 
 
-@pytest.mark.parametrize(("heads", "kv_heads"), [(6, 2), (3, 3), (4, 1)])
-@pytest.mark.parametrize("window", [None, 1, 3, 100])
-@pytest.mark.parametrize("with_sinks", [False, True])
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "window", "with_sinks"),
+    [(6, 2, None, False), (3, 3, None, True), (4, 1, 1, True), (6, 2, 3, False), (6, 2, 3, True), (4, 1, 100, True)],
+)
 def test_causal_attention_is_the_plain_loop(heads, kv_heads, window, with_sinks):
     # capacity 13: a window of 3 and 4 queries reach 6 rows, so the rest of the cache is cut off
     inputs = causal_inputs(query=4, capacity=13, heads=heads, kv_heads=kv_heads, batch=3)

@@ -12,18 +12,19 @@ def test_rmsnorm_by_hand():
     assert norm(jnp.array([3.0, 4.0])).tolist() == [1.5, 10.0]
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_rmsnorm_is_transformers_bit_for_bit_in_bfloat16(dtype):
+@pytest.mark.parametrize(("dtype", "cast_last"), [("float32", False), ("bfloat16", False), ("bfloat16", True)])
+def test_rmsnorm_is_transformers_bit_for_bit_in_bfloat16(dtype, cast_last):
     torch = pytest.importorskip("torch")
+    from transformers.models.gpt_oss.modeling_gpt_oss import GptOssRMSNorm
     from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
     draw = np.random.default_rng(0)
     x = draw.normal(size=(3, 50, 96)).astype(np.float32) * 5
     weight = draw.uniform(0.5, 1.5, 96).astype(np.float32)
-    theirs = Qwen3RMSNorm(96, eps=1e-5).to(getattr(torch, dtype))
+    theirs = (GptOssRMSNorm if cast_last else Qwen3RMSNorm)(96, eps=1e-5).to(getattr(torch, dtype))
     theirs.weight.data = torch.from_numpy(weight).to(getattr(torch, dtype))
     want = theirs(torch.from_numpy(x).to(getattr(torch, dtype))).detach().float().numpy()
-    ours = RMSNorm(weight=jnp.asarray(weight, dtype), eps=1e-5)
+    ours = RMSNorm(weight=jnp.asarray(weight, dtype), eps=1e-5, cast_last=cast_last)
     got = ours(jnp.asarray(x, dtype))
     assert got.dtype == dtype
     if dtype == "bfloat16":

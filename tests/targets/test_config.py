@@ -143,7 +143,7 @@ def test_gpt_oss_20b(tmp_path):
     assert config == TargetConfig(
         architecture="GptOssForCausalLM", vocab_size=201088, hidden_size=2880, intermediate_size=2880, num_layers=24,
         num_heads=64, num_kv_heads=8, head_dim=64, rms_norm_eps=1e-5, rope_theta=150000.0, max_positions=131072,
-        tie_embeddings=False, attention_bias=True, attention_sinks=True, sliding_window=128,
+        tie_embeddings=False, attention_bias=True, norm_cast_last=True, attention_sinks=True, sliding_window=128,
         sliding_layers=tuple(range(0, 24, 2)), num_experts=32, experts_per_token=4, swiglu_alpha=1.702,
         swiglu_limit=7.0, mxfp4=True,
         rope_scaling=YarnScaling(factor=32.0, original_max_position_embeddings=4096, truncate=False),

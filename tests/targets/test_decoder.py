@@ -193,6 +193,7 @@ def test_an_offset_changes_nothing(target):
         assert greedy[row].tolist() == greedy[0].tolist(), offset
 
 
+@pytest.mark.slow
 def test_other_engines_angles_change_with_the_offset(checkpoints):
     tokens, offsets = np.repeat(tokens_of(9, 1, LENGTH), 3, axis=0), [0, 131072, 2**24]
     folder = checkpoints["grouped"].folder

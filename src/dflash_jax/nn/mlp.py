@@ -19,7 +19,7 @@ class Linear(eqx.Module):
 
 
 class SwiGLU(eqx.Module):
-    """`down(silu(gate(x)) * up(x))`, without biases."""
+    """`down(silu(gate(x)) * up(x))`."""
 
     gate_proj: Linear
     up_proj: Linear

@@ -38,6 +38,7 @@ class _Family:
         attention_bias: whether q, k, v and o have biases where the config does not say.
         mlp_bias: whether the config may ask for biases in the MLP.
         qk_norm: whether every head's queries and keys are normalised.
+        norm_cast_last: whether norms multiply by their weight before they cast.
         sinks: whether heads have sinks.
         experts: whether MLPs are mixtures of experts.
         windows: whether layers may have sliding windows.
@@ -48,6 +49,7 @@ class _Family:
     attention_bias: bool = False
     mlp_bias: bool = False
     qk_norm: bool = False
+    norm_cast_last: bool = False
     sinks: bool = False
     experts: bool = False
     windows: bool = False
@@ -58,7 +60,13 @@ _FAMILIES = {
     "LlamaForCausalLM": _Family(mlp_bias=True),
     "Qwen3ForCausalLM": _Family(head_dim=128, qk_norm=True, windows=True),
     "GptOssForCausalLM": _Family(
-        head_dim=64, attention_bias=True, sinks=True, experts=True, windows=True, first_slides=True
+        head_dim=64,
+        attention_bias=True,
+        norm_cast_last=True,
+        sinks=True,
+        experts=True,
+        windows=True,
+        first_slides=True,
     ),
 }
 
@@ -85,6 +93,7 @@ class TargetConfig:
         attention_bias: whether q, k, v and o have biases.
         mlp_bias: whether gate, up and down have biases.
         qk_norm: whether every head's queries and keys pass an RMSNorm before RoPE (Qwen3).
+        norm_cast_last: whether norms multiply by their weight before they cast, see `nn.RMSNorm` (gpt-oss).
         attention_sinks: whether every head has a sink: a logit beside its scores that takes weight and gives nothing.
         sliding_window: tokens that sliding layers see, the query's own included; None without such layers.
         sliding_layers: 0-based layers with a sliding window.
@@ -112,6 +121,7 @@ class TargetConfig:
     attention_bias: bool = False
     mlp_bias: bool = False
     qk_norm: bool = False
+    norm_cast_last: bool = False
     attention_sinks: bool = False
     sliding_window: int | None = None
     sliding_layers: tuple[int, ...] = ()
@@ -264,6 +274,7 @@ def _read_fields(reader: _Reader) -> dict[str, Any]:
         "attention_bias": bias,
         "mlp_bias": reader.family.mlp_bias and reader.flag("mlp_bias", default=False),
         "qk_norm": reader.family.qk_norm,
+        "norm_cast_last": reader.family.norm_cast_last,
         "attention_sinks": reader.family.sinks,
         "mxfp4": reader.quantisation(sizes),
         **reader.rope(),

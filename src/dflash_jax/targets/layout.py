@@ -130,7 +130,7 @@ def assemble(config: TargetConfig, take: Callable[[str], jax.Array], *, mesh: Me
         return Linear(weight=take(f"{name}.weight"), bias=take(bias) if bias in names else None)
 
     def norm(name: str) -> RMSNorm:
-        return RMSNorm(weight=take(f"{name}.weight"), eps=config.rms_norm_eps)
+        return RMSNorm(weight=take(f"{name}.weight"), eps=config.rms_norm_eps, cast_last=config.norm_cast_last)
 
     def attention(prefix: str, index: int) -> Attention:
         return Attention(
