@@ -17,11 +17,18 @@ def sequences(folder):
     return {(sequence.sequence_index, sequence.position_offset): sequence for sequence in found}
 
 
+def sums_capture(tokens, lengths, position_offset):
+    """Next ids that depend on all tokens before them, so that an extension of another prompt's memory is seen."""
+    features, next_ids = toy_cache.toy_capture(tokens, lengths, position_offset)
+    return features, ((next_ids + np.cumsum(tokens, axis=1)) % toy_cache.VOCAB).astype(np.int32)
+
+
 def test_shared_prompts_are_stored_once_and_read_whole(tmp_path):
     rows = toy_cache.toy_rows(30, responses=5)
     toy_cache.write_inputs(tmp_path, rows)
-    shared = toy_cache.build_toy(tmp_path, tokens_per_shard=1200)  # four batches: at most 4 responses a group
-    apart = toy_cache.build_toy(tmp_path, tokens_per_shard=1200, share_prompts=False, out=tmp_path / "apart")
+    settings = {"tokens_per_shard": 1200, "capture": sums_capture}  # four batches: at most 4 responses a group
+    shared = toy_cache.build_toy(tmp_path, **settings)
+    apart = toy_cache.build_toy(tmp_path, share_prompts=False, out=tmp_path / "apart", **settings)
     prompts = [len(prompt) for prompt, _ in rows[::5]]
     assert apart["num_tokens"] - shared["num_tokens"] == shared["num_tokens_shared"] == 2 * 3 * sum(prompts)
     assert (apart["num_tokens_shared"], apart["num_sequences"]) == (0, shared["num_sequences"])
@@ -71,6 +78,7 @@ def test_responses_changed_during_the_build_stop_it(tmp_path):
         toy_cache.build_toy(tmp_path, capture=capture)
 
 
+@pytest.mark.slow  # four shapes are compiled
 def test_target_extends_its_memory_to_what_whole_sequences_give(tmp_path):
     """Rows of several lengths and prompts, so that a wrong source, start or length would be seen."""
     target = tiny.write_tiny_target(tmp_path / "target", seed=3)
