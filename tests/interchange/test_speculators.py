@@ -3,7 +3,6 @@
 import hashlib
 import json
 import shutil
-import warnings
 from pathlib import Path
 
 import ml_dtypes
@@ -28,11 +27,8 @@ from dflash_jax.interchange import (
 from dflash_jax.interchange.turns import responses
 from support import tiny, toy_cache
 from support.peer_caches import bits, trace, write_speculators
+from support.speculators_reader import ArrowDataset
 from support.zlab import load_hf_target
-
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore")  # it compiles its models at import, and torch then warns of itself
-    from speculators.train.data import ArrowDataset
 
 AUX = (2, 4)  # what layers 2 and 4 read: the outputs of our layers 1 and 3
 DRAW = np.random.default_rng(3)

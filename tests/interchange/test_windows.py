@@ -233,6 +233,24 @@ def test_bad_sources_are_one_line_and_leave_nothing(source, target_folder, tmp_p
     assert [path.name for path in tmp_path.iterdir() if "partial" in path.name] == []
 
 
+@pytest.mark.parametrize("name", ["context_features_u16", "target_ids", "ctx_pos_start_i32"])
+def test_the_proof_fails_where_a_bit_differs(source, target_folder, tmp_path, name):
+    """A source that changes while it is read: the last that is done is to compare, and nothing is imported."""
+
+    def meddle(_done, _total, note):
+        if note == "3 texts":
+            array = np.load(source / f"{name}.npy", mmap_mode="r+")
+            array[(8, *[0] * (array.ndim - 1))] ^= 1
+            array.flush()
+
+    config = CacheImportConfig(
+        format="windows", source=source, target=target_folder, out=tmp_path / "cache", check_tokens=0
+    )
+    with pytest.raises(InputError, match=f"{name} of sample 8 is not what the cache gives back: nothing was imported"):
+        import_cache(config, progress=meddle)
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
 def test_features_that_are_not_finite_are_refused(source, target_folder, tmp_path):
     change(source, "context_features_u16", lambda x: (x.__setitem__((10, 5, 3), 0x7F80), x)[1])
     with pytest.raises(InputError, match="text 2: the features of its token 5 are not finite"):

@@ -124,12 +124,12 @@ def _integers(values: Any, *, lowest: int, highest: int, what: str) -> np.ndarra
 
 def _tensors(path: Path) -> dict[str, np.ndarray]:
     """A file's tensors. By hand, for safetensors' own numpy reader knows no FP8."""
-    header = read_header(path, what="the hidden states")
+    header = read_header(path, what="the hidden-states file")
     try:
         with safe_open(path, framework="numpy"):  # its strict parser makes the header trustworthy
             raw = np.fromfile(path, np.uint8)
     except SafetensorError as error:
-        raise InputError(f"the hidden states are not a readable safetensors file: {path}: {error}") from error
+        raise InputError(f"the hidden-states file is not readable safetensors: {path}: {error}") from error
     data, tensors = raw[8 + int(raw[:8].view("<u8")[0]) :], {}
     for name, entry in header.items():
         if entry["dtype"] not in _DTYPES:
