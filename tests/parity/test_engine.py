@@ -2,6 +2,7 @@
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -12,7 +13,7 @@ from dflash_jax.parity.engine import Engine, check_positions
 
 
 def config(tmp_path, **changes):
-    source = {} if "cache" in changes else {"prompts": "humaneval"}
+    source: dict[str, Any] = {} if "cache" in changes else {"prompts": "humaneval"}
     return ParityConfig(target=tmp_path, drafter=tmp_path, **source | changes)
 
 

@@ -166,7 +166,19 @@ FAULTS = {
 }
 
 
-@pytest.mark.parametrize("name", FAULTS)
+FAST = {
+    "bfloat16 angles of the target",
+    "float32 angles of the target",
+    "a table of the target that ends between offsets",
+    "a drafter whose block ignores the offset",
+    "a block one position too far",
+    "a cache of the layers above",
+    "a cache of another target",
+}
+"""One of each kind; the others are their neighbours."""
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name not in FAST)) for name in FAULTS])
 def test_a_fault_is_found_and_told_from_the_others(world, name):
     fault = FAULTS[name]
     settings = dict(fault.settings)
@@ -192,6 +204,7 @@ def test_a_fault_is_found_and_told_from_the_others(world, name):
     assert json.loads(json.dumps(found, allow_nan=False)) == found
 
 
+@pytest.mark.slow
 def test_two_faults_are_both_named(world):
     found = world.parity(rope="table:8192", block_shift=1)
     assert found["cause_id"] in ("table_end", "offset_off_by_one")

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from dflash_jax import targets, text
 from dflash_jax.cache import CacheBuildConfig, build
@@ -33,7 +34,7 @@ class World:
         out = self.folder / f"cache-{name}"
         if not out.exists():
             target = settings.pop("target", self.target)
-            defaults = {
+            defaults: dict[str, Any] = {
                 "capture_layers": tiny.CAPTURE_LAYERS,
                 "position_offsets": (0, 4096, FAR),
                 "features": "float32",
@@ -50,7 +51,13 @@ class World:
             settings = {"responses": self.responses} | settings
         if "cache" not in settings:
             settings = {"position_offsets": (0, 4096, FAR)} | settings
-        base = {"target": self.target, "drafter": self.drafter, "max_new_tokens": NEW_TOKENS, "bootstrap_samples": 400}
+        base: dict[str, Any] = {
+            "target": self.target,
+            "drafter": self.drafter,
+            "max_new_tokens": NEW_TOKENS,
+            "bootstrap_samples": 400,
+            "margin": 0.2,  # wide, since prompts are few
+        }
         return parity(ParityConfig(**base | settings))
 
 
