@@ -35,7 +35,7 @@ def test_causal_attention_is_the_plain_loop(heads, kv_heads, window, with_sinks)
     sinks = sinks_of(heads) if with_sinks else None
     got = causal(*map(jnp.asarray, inputs), window=window, sinks=None if sinks is None else jnp.asarray(sinks))
     want = oracle.causal_attention(*inputs, window, sinks)
-    np.testing.assert_allclose(got, want, atol=1e-6)  # measured 3.1e-7
+    np.testing.assert_allclose(got, want, atol=2e-6)  # measured 6.0e-7
 
 
 @pytest.mark.parametrize(
@@ -46,7 +46,7 @@ def test_chunks_of_queries_are_the_plain_loop(query, capacity, window):
     inputs = causal_inputs(query=query, capacity=capacity, heads=2, kv_heads=1, batch=2, head_dim=2)
     got = causal(*map(jnp.asarray, inputs), window=window, sinks=jnp.asarray(sinks_of(2)))
     want = oracle.causal_attention(*inputs, window, sinks_of(2))
-    np.testing.assert_allclose(got, want, atol=2e-6)  # measured 4.1e-7
+    np.testing.assert_allclose(got, want, atol=2e-6)  # measured 4.8e-7
 
 
 DRAWN_CAUSAL = """
@@ -81,7 +81,7 @@ def test_a_window_does_not_make_the_scores_of_a_long_cache():
     whole, cut = (
         (causal.lower(*shapes, window=window).compile().cost_analysis() or {})["flops"] for window in (None, 32)
     )
-    assert cut < whole * (8 + 32) / 4096 * 1.5  # measured 1.1 times the share of the rows
+    assert cut < whole * (8 + 32) / 4096 * 1.5  # measured 1.06 times the share of the rows
 
 
 def causal_inputs_of_zeros(*, query, capacity):

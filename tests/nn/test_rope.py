@@ -63,8 +63,8 @@ def test_frequencies_are_those_of_the_formula(rope):
     assert len(table) == rope.head_dim // 2
     for pair, frequency in enumerate(table):
         exact = exact_frequency(rope, pair) / (2 * oracle.PI) * 2**64
-        # half a unit of the table, and float64's roundings: measured 2.5e-16 unscaled, 9e-16 where ramps are blended
-        assert abs(frequency - exact) <= 0.5 + float(exact) * (4e-16 if rope.scaling is None else 2e-15)
+        # half a unit of the table, and float64's roundings: measured 2.8e-16 unscaled, 1.5e-15 where a ramp blends
+        assert abs(frequency - exact) <= 0.5 + float(exact) * (4e-16 if rope.scaling is None else 3e-15)
 
 
 @pytest.mark.parametrize("rope", ROPES)
