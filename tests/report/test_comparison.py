@@ -7,7 +7,7 @@ import pytest
 from dflash_jax.core import InputError
 from dflash_jax.report.check_figures import comparison_figure, group_figures
 from dflash_jax.report.check_tables import comparison_table, side_by_side
-from dflash_jax.report.check_verdict import comparison_sentence
+from dflash_jax.report.check_verdict import comparison_sentence, memory_sentence
 from dflash_jax.report.records import read_records
 
 
@@ -89,3 +89,24 @@ def test_tables_and_figures_hold_the_numbers(build, tmp_path):
 def test_a_broken_comparison_is_one_line_with_file_and_key(build, tmp_path, change, message):
     with pytest.raises(InputError, match=re.escape(message)):
         _read(build, tmp_path, _comparison(**change))
+
+
+def test_a_fall_from_seen_to_unseen_prompts_is_called_memory(build, tmp_path):
+    seen = build.bucket(6.0, anchors=64, prompts=16)
+    trained_on = seen | build.check(unseen=None, seen=seen, cache="c/base", **seen)
+    others = build.check(cache="c/other")
+
+    def said(*documents):
+        paths = [build.write_json(tmp_path / f"{place}.json", document) for place, document in enumerate(documents)]
+        sentence = memory_sentence(read_records(paths).checks)
+        return sentence.text if sentence else None
+
+    assert said(others, trained_on) == (
+        "accept_len is 3.96 on prompts it was trained on (run/run-600 on base) and 0.55 on others (run/run-600 on"
+        " other): memory. The offsets of the second check agree with each other, so positions are not the cause."
+    )
+    assert said(trained_on, others | {"drafter": "another/run-600"}) is None
+    apart = {"4096": {"mean": -0.4, "ci95": [-0.5, -0.3]}}
+    assert (said(trained_on, others | {"accept_len_by_offset_difference": apart}) or "").endswith("memory.")
+    same = build.bucket(6.0, anchors=64, prompts=16)
+    assert said(trained_on, others | {"unseen": same}) is None

@@ -176,6 +176,31 @@ def side_by_side_sentence(checks: Sequence[Check], comparisons: Sequence[Compari
     return Sentence(mark="info", lead="Side by side", text=text)
 
 
+def memory_sentence(checks: Sequence[Check]) -> Sentence | None:
+    """That a drafter's fall from one check to another is memory: seen prompts there, others here.
+
+    None where no drafter has both, or their intervals meet.
+    """
+    for seen in checks:
+        for unseen in checks:
+            same = seen.drafter is not None and seen.drafter == unseen.drafter
+            if not (same and seen.only_seen and unseen.unseen):
+                continue
+            high, low = seen.total, unseen.unseen
+            if not (
+                high.accept_len_ci95 and low.accept_len_ci95 and high.accept_len_ci95.low > low.accept_len_ci95.high
+            ):
+                continue
+            text = (
+                f"accept_len is {high.accept_len_mean:.2f} on prompts it was trained on ({seen.label}) and"
+                f" {low.accept_len_mean:.2f} on others ({unseen.label}): memory."
+            )
+            if unseen.differences and len(_with(unseen, "holds")) == len(unseen.differences):
+                text += " The offsets of the second check agree with each other, so positions are not the cause."
+            return Sentence(mark="warn", lead="Seen and unseen", text=text)
+    return None
+
+
 def check_tiles(check: Check) -> list[Tile]:
     """A check's key numbers."""
     main = check.main

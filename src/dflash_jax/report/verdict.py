@@ -104,6 +104,8 @@ def _decode_sentences(decode: Decode) -> list[Sentence]:
 def _checks_together(records: Records) -> Iterator[Group]:
     """What several checks say together."""
     said = [check_verdict.comparison_sentence(item) for item in records.comparisons]
+    if memory := check_verdict.memory_sentence(records.checks):
+        said.append(memory)
     if apart := check_verdict.side_by_side_sentence(records.checks, records.comparisons):
         said.append(apart)
     if said:
@@ -114,15 +116,19 @@ def _of_each(records: Records) -> Iterator[Group]:
     """A group per record."""
     for parity in records.parities:
         sentences, tiles = parity_verdict.parity_sentences(parity), parity_verdict.parity_tiles(parity)
-        yield Group(heading=parity.label, sentences=tuple(sentences), tiles=tuple(tiles))
+        yield Group(heading=f"Parity: {parity.label}", sentences=tuple(sentences), tiles=tuple(tiles))
     yield from _checks_together(records)
     for name, check in zip(check_tables.lettered_labels(records.checks), records.checks, strict=True):
         sentences, tiles = check_verdict.check_sentences(check), check_verdict.check_tiles(check)
         yield Group(heading=name, sentences=tuple(sentences), tiles=tuple(tiles))
     for decode in records.decodes:
-        yield Group(heading=decode.label, sentences=tuple(_decode_sentences(decode)), tiles=tuple(decode_tiles(decode)))
+        yield Group(
+            heading=f"Decoding: {decode.label}",
+            sentences=tuple(_decode_sentences(decode)),
+            tiles=tuple(decode_tiles(decode)),
+        )
     for run in records.runs:
-        yield Group(heading=run.label, sentences=(_training(run),), tiles=tuple(run_tiles(run)))
+        yield Group(heading=f"Training: {run.label}", sentences=(_training(run),), tiles=tuple(run_tiles(run)))
 
 
 def write_verdict(records: Records) -> list[Group]:
