@@ -4,7 +4,13 @@ It promises: positions are exact up to 2^31; softmax, norms and losses are float
 made. It imports `core` and, of libraries, only jax, equinox, numpy and jaxtyping.
 """
 
-from dflash_jax.nn.attention import block_attention, causal_attention, write_rows
+from dflash_jax.nn.attention import (
+    block_attention,
+    causal_attention,
+    prefill_attention,
+    write_first_rows,
+    write_rows,
+)
 from dflash_jax.nn.head import LinearCrossEntropy, best_tokens, greedy_tokens, linear_cross_entropy
 from dflash_jax.nn.mlp import Linear, SwiGLU
 from dflash_jax.nn.moe import Experts, MoE, apply_experts
@@ -32,8 +38,10 @@ __all__ = [
     "check_rope_precision",
     "greedy_tokens",
     "linear_cross_entropy",
+    "prefill_attention",
     "read_rope",
     "rope_cos_sin",
     "scaling_to_json",
+    "write_first_rows",
     "write_rows",
 ]

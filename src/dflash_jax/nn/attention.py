@@ -3,12 +3,18 @@
 Both are one softmax. Scores and softmax are float32. A query that may see nothing gets zeros, never NaN.
 """
 
+from typing import Literal
+
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int32
 
 QUERIES_PER_CHUNK = 256  # bounds the score matrix of a long prefill to batch * heads * 256 * capacity
+# A prefill is cut into at most so many spans, each of which meets only the keys up to its end: a quarter of what the
+# causal mask leaves empty is still computed. More spans save little and take longer to compile.
+MOST_SPANS = 4
+SPAN_MULTIPLE = 128
 _MASKED = -1e30  # finite, so that an all-masked row gives zeros through its zero weights and not NaN
 
 
@@ -118,6 +124,76 @@ def causal_attention(
     return out.swapaxes(0, 1).reshape(batch, query + pad, heads, head_dim)[:, :query]
 
 
+def _by_library(
+    q: Float[Array, "batch query heads head_dim"],
+    k: Float[Array, "batch query kv_heads head_dim"],
+    v: Float[Array, "batch query kv_heads head_dim"],
+    *,
+    window: int | None,
+    sinks: Float[Array, " heads"] | None,
+    implementation: Literal["xla", "cudnn"],
+) -> Float[Array, "batch query heads head_dim"]:
+    """`prefill_attention` by jax's own, which has no sinks.
+
+    With the softmax's sum known, `total = exp(logsumexp)`, a sink scales its result by `total / (total + exp(sink))`.
+    """
+    reach = None if window is None else (window - 1, 0)
+    out, logsumexp = jax.nn.dot_product_attention(
+        q, k, v, is_causal=True, local_window_size=reach, implementation=implementation, return_residual=True
+    )
+    if sinks is None:
+        return out
+    share = jax.nn.sigmoid(logsumexp.astype(jnp.float32) - sinks.astype(jnp.float32)[None, None])
+    return (out.astype(jnp.float32) * share[..., None]).astype(q.dtype)
+
+
+def _has_flash(q: Float[Array, "batch query heads head_dim"]) -> bool:
+    """Whether cuDNN's fused attention is there: an NVIDIA GPU, 16-bit activations, a head size it knows."""
+    return jax.default_backend() == "gpu" and q.dtype.itemsize == 2 and q.shape[-1] <= 128 and q.shape[-1] % 8 == 0
+
+
+def prefill_attention(
+    q: Float[Array, "batch query heads head_dim"],
+    k: Float[Array, "batch query kv_heads head_dim"],
+    v: Float[Array, "batch query kv_heads head_dim"],
+    *,
+    window: int | None = None,
+    sinks: Float[Array, " heads"] | None = None,
+) -> Float[Array, "batch query heads head_dim"]:
+    """Attention of whole sequences from their first token on: `causal_attention` from an empty cache.
+
+    That nothing comes before is known when the program is made, so the keys after a span of queries are left out. For
+    four queries in two spans (`x` seen, `.` masked, blank never computed):
+
+        query 0   x .
+        query 1   x x
+        query 2   x x x .
+        query 3   x x x x
+
+    On an NVIDIA GPU with 16-bit activations, cuDNN's fused attention does it, and no score is ever stored.
+
+    Args:
+        q: queries, after RoPE.
+        k: keys by token, after RoPE.
+        v: values by token.
+        window: see `causal_attention`.
+        sinks: see `causal_attention`.
+    """
+    if _has_flash(q):
+        return _by_library(q, k, v, window=window, sinks=sinks, implementation="cudnn")
+    batch, query = q.shape[:2]
+    keys, values = k.swapaxes(1, 2), v.swapaxes(1, 2)
+    # a window leaves out what is far by itself
+    span = query if window is not None else -(-query // (MOST_SPANS * SPAN_MULTIPLE)) * SPAN_MULTIPLE
+    parts = []
+    for start in range(0, query, span):
+        stop = min(start + span, query)
+        starts = jnp.full(batch, start, jnp.int32)
+        seen = keys[:, :, :stop], values[:, :, :stop]
+        parts.append(causal_attention(q[:, start:stop], *seen, starts, window=window, sinks=sinks))
+    return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=1)
+
+
 def block_attention(
     q: Float[Array, "anchor block heads head_dim"],
     context_k: Float[Array, "kv_heads context head_dim"],
@@ -179,3 +255,10 @@ def write_rows(
     """
     write = jax.vmap(lambda one, new, start: lax.dynamic_update_slice(one, new, (jnp.int32(0), start, jnp.int32(0))))
     return write(buffer, rows.swapaxes(1, 2).astype(buffer.dtype), starts)
+
+
+def write_first_rows(
+    buffer: Float[Array, "batch kv_heads capacity head_dim"], rows: Float[Array, "batch query kv_heads head_dim"]
+) -> Float[Array, "batch kv_heads capacity head_dim"]:
+    """Return the buffer with its first rows written: `write_rows` from 0, one copy, and none where the rows fill it."""
+    return lax.dynamic_update_slice(buffer, rows.swapaxes(1, 2).astype(buffer.dtype), (0, 0, 0, 0))

@@ -16,7 +16,9 @@ from dflash_jax.nn import (
     apply_rope,
     causal_attention,
     greedy_tokens,
+    prefill_attention,
     rope_cos_sin,
+    write_first_rows,
     write_rows,
 )
 from dflash_jax.targets.config import TargetConfig
@@ -102,15 +104,23 @@ class Attention(eqx.Module):
         cos_sin: tuple[Float[Array, "batch query half_dim"], Float[Array, "batch query half_dim"]],
         kv: LayerKV,
         starts: Int32[Array, " batch"],
+        from_empty: bool,
     ) -> tuple[Float[Array, "batch query hidden"], LayerKV]:
-        """Return the attention output and the layer's cache with the new rows."""
+        """Return the attention output and the layer's cache with the new rows.
+
+        `from_empty` says, when the program is made, that `starts` are zeros: there is nothing before the new rows.
+        """
         batch, query, _ = x.shape
         q, k, v = (proj(x).reshape(batch, query, -1, self.head_dim) for proj in (self.q_proj, self.k_proj, self.v_proj))
         q = q if self.q_norm is None else self.q_norm(q)
         k = k if self.k_norm is None else self.k_norm(k)
         q, k = apply_rope(q, cos_sin), apply_rope(k, cos_sin)
-        kv = LayerKV(k=write_rows(kv.k, k, starts), v=write_rows(kv.v, v, starts))
-        attended = causal_attention(q, kv.k, kv.v, starts, window=self.window, sinks=self.sinks)
+        if from_empty:
+            kv = LayerKV(k=write_first_rows(kv.k, k), v=write_first_rows(kv.v, v))
+            attended = prefill_attention(q, k, v, window=self.window, sinks=self.sinks)
+        else:
+            kv = LayerKV(k=write_rows(kv.k, k, starts), v=write_rows(kv.v, v, starts))
+            attended = causal_attention(q, kv.k, kv.v, starts, window=self.window, sinks=self.sinks)
         return self.o_proj(attended.reshape(batch, query, -1)), kv
 
 
@@ -187,6 +197,19 @@ def extend(
     Returns:
         Hidden states, features and the longer cache. Nothing of size tokens x vocabulary: see `next_ids`.
     """
+    return _forward(target, kv, tokens, num_valid=num_valid, capture_layers=capture_layers, from_empty=False)
+
+
+def _forward(
+    target: Target,
+    kv: KVCache,
+    tokens: Int32[Array, "batch query"],
+    *,
+    num_valid: Int32[Array, " batch"] | None,
+    capture_layers: tuple[int, ...],
+    from_empty: bool,
+) -> TargetOutput:
+    """`extend`; `from_empty` says that all lengths of the cache are zero."""
     query = tokens.shape[1]
     assert query <= kv.capacity, f"{query} tokens do not fit a cache of {kv.capacity} rows"
     rows = kv.lengths[:, None] + jnp.arange(query, dtype=jnp.int32)[None]
@@ -194,7 +217,9 @@ def extend(
     x = constrain(target.embed_tokens[tokens], _ROWS, target.mesh)
     layer_caches, captured = [], {}
     for index, (layer, layer_kv) in enumerate(zip(target.layers, kv.layers, strict=True)):
-        attended, layer_kv = layer.self_attn(layer.input_layernorm(x), cos_sin=cos_sin, kv=layer_kv, starts=kv.lengths)
+        attended, layer_kv = layer.self_attn(
+            layer.input_layernorm(x), cos_sin=cos_sin, kv=layer_kv, starts=kv.lengths, from_empty=from_empty
+        )
         x = constrain(x + attended, _ROWS, target.mesh)
         x = constrain(x + apply_mlp(layer.mlp, layer.post_attention_layernorm(x), target.mesh), _ROWS, target.mesh)
         layer_caches.append(_pin_kv(layer_kv, target.mesh))
@@ -217,7 +242,7 @@ def prefill(
     capture_layers: tuple[int, ...] = (),
     capacity: int | None = None,
 ) -> TargetOutput:
-    """Feed whole prompts to an empty cache: `extend` from length 0.
+    """Feed whole prompts to an empty cache: `extend` from length 0, with attention that knows it.
 
     Args:
         target: the model.
@@ -228,7 +253,7 @@ def prefill(
         capacity: rows of the cache; default just the tokens given (enough where nothing follows).
     """
     kv = empty_kv(target, capacity=capacity or tokens.shape[1], position_offset=position_offset)
-    return extend(target, kv, tokens, num_valid=lengths, capture_layers=capture_layers)
+    return _forward(target, kv, tokens, num_valid=lengths, capture_layers=capture_layers, from_empty=True)
 
 
 def next_ids(target: Target, hidden: Float[Array, "*rows hidden"]) -> Int32[Array, "*rows"]:
