@@ -306,7 +306,7 @@ SHAPE = (17, 3, 24)
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda folder: shutil.rmtree(folder), "no folder .*hidden_states: name the one with hs_0"),
+        (lambda folder: shutil.rmtree(folder), "no folder .*source: name speculators' data folder"),
         (lambda folder: (folder / "state.json").unlink(), "the dataset's state.json is missing"),
         (lambda folder: (folder / "state.json").write_text("[1]"), "is not of a saved dataset: it has no _data_files"),
         (state_with(_data_files=[{"filename": "../x.arrow"}]), "'../x.arrow', which is not a file of that folder"),

@@ -170,10 +170,11 @@ def read_rows(
     Raises:
         InputError: a file that is not what the layout asks for, or token ids that differ from the dataset's.
     """
+    files = dataset_files(source)
     if not hidden_states.is_dir():
         raise InputError(f"no folder {hidden_states}: name the one with hs_0.safetensors by --hidden-states")
     index = -1
-    for file in dataset_files(source):
+    for file in files:
         for ids, mask in _table_rows(file):
             index += 1
             path = hidden_states / f"hs_{index}.safetensors"
