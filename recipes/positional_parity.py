@@ -65,7 +65,7 @@ class Recipe:
     """Most tokens of a response, of its prompts and of the held-out ones."""
     held_out: int = 64
     """HumanEval prompts that the drafters are checked on."""
-    parity_texts: int = 24
+    parity_texts: int = 16
     """Texts that the parities read, at every offset and rope."""
     batch: int = 64
     """Anchors per step."""
