@@ -38,6 +38,7 @@ def read_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--sequences", type=int, default=48, help="how many, where there is no --responses")
     parser.add_argument("--longest", type=int, default=290, help="tokens of the longest of them")
     parser.add_argument("--features", default="bfloat16")
+    parser.add_argument("--capture-layers", default=None, help="such as 1,10,18,27; default: 4, evenly spaced")
     parser.add_argument("--tokens-per-batch", type=int, default=4096)
     parser.add_argument(
         "--out", type=Path, default=None, help="folder on the disk to write to; default: a temporary one"
@@ -98,6 +99,7 @@ def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
         responses=responses,
         out=folder / "cache",
         features=arguments.features,
+        capture_layers=tuple(map(int, arguments.capture_layers.split(","))) if arguments.capture_layers else None,
         tokens_per_batch=arguments.tokens_per_batch,
         share_prompts=False,
     )

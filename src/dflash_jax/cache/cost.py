@@ -17,6 +17,7 @@ from dflash_jax.cache.config import CacheBuildConfig
 from dflash_jax.cache.features import FeatureLayout, FeaturesDtype
 from dflash_jax.cache.manifest import FORMAT_VERSION
 from dflash_jax.cache.responses import Responses
+from dflash_jax.cache.selftest import self_test
 from dflash_jax.cache.shards import bytes_per_token, shard_bytes, tensor_bytes, tensor_layout, write_shard
 from dflash_jax.core import InputError, parse_mesh
 from dflash_jax.targets import (
@@ -221,7 +222,7 @@ def _filled(layout: dict[str, tuple[str, tuple[int, ...]]]) -> dict[str, np.ndar
 
 
 def _calibrate(plan: BuildPlan, capture: TargetCapture) -> dict[str, float]:
-    """Load the target, compile one batch and time it: seconds to load and to compile, FLOP/s."""
+    """Load the target, test it, compile one batch and time it: seconds of each, and FLOP/s."""
     steps = [step for shard in plan.shards for step in shard.steps]
     (padded_rows, padded_length), _ = Counter((step.padded_rows, step.padded_length) for step in steps).most_common(1)[
         0
@@ -232,6 +233,9 @@ def _calibrate(plan: BuildPlan, capture: TargetCapture) -> dict[str, float]:
     started = time.perf_counter()
     _ = capture.target
     load_s = time.perf_counter() - started
+    started = time.perf_counter()
+    self_test(plan, capture.target)
+    self_test_s = time.perf_counter() - started
 
     def run() -> float:
         began = time.perf_counter()
@@ -244,7 +248,12 @@ def _calibrate(plan: BuildPlan, capture: TargetCapture) -> dict[str, float]:
     first = run()
     second = min(run(), run())
     flops = prefill_flops(plan.target, batch=rows, length=padded_length)
-    return {"load_s": load_s, "compile_s": max(first - second, 0.0), "flops_per_s": flops / second}
+    return {
+        "load_s": load_s,
+        "self_test_s": self_test_s,
+        "compile_s": max(first - second, 0.0),
+        "flops_per_s": flops / second,
+    }
 
 
 def _measured_time(plan: BuildPlan, work: _Work, config: CacheCostConfig, size: int) -> dict[str, Any]:
@@ -255,8 +264,9 @@ def _measured_time(plan: BuildPlan, work: _Work, config: CacheCostConfig, size: 
     compile_s = tried["compile_s"] * len(work.runs)
     last = write_s / len(plan.shards)
     return {
-        "total_s": tried["load_s"] + compile_s + max(forward_s, write_s) + min(last, write_s),
+        "total_s": tried["load_s"] + tried["self_test_s"] + compile_s + max(forward_s, write_s) + last,
         "load_s": tried["load_s"],
+        "self_test_s": tried["self_test_s"],
         "compile_s": compile_s,
         "forward_s": forward_s,
         "write_s": write_s,

@@ -24,6 +24,7 @@ Findings = dict[str, dict[str, Any]]
 """By check: `holds`, and `found`, one line for people."""
 
 _ROWS, _TOKENS = 3, 32
+_FAR = 131072  # where the build has no offset but 0
 _SAMPLE = 64  # responses that are looked at for special tokens and the template
 # Relative, root mean square. float32 differs by some 1e-6 from one order of sums to another, and by less than 1e-5 at
 # any offset (docs/positions.md); an off-by-one, a norm or a leak by 1e-2 and more.
@@ -146,7 +147,7 @@ def _residual(_: BuildPlan, probe: _Probe) -> dict[str, Any]:
 
 
 def _rope(plan: BuildPlan, probe: _Probe) -> dict[str, Any]:
-    texts, offsets = probe.texts, plan.config.position_offsets
+    texts, offsets = probe.texts, [offset for offset in plan.config.position_offsets if offset] or [_FAR]
     outputs = [probe.run(texts.tokens, texts.lengths, position_offset=offset) for offset in offsets]
     difference, where = probe.worst(outputs), ", ".join(map(str, offsets))
     if plan.config.rope != "exact":
