@@ -11,6 +11,7 @@ shapes of every shard as one JSON line.
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -18,6 +19,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from dflash_jax.core import make_mesh, parse_mesh, start_processes
+from dflash_jax.nn import MoE
 from dflash_jax.targets import extend, load_target, next_ids, prefill, put_batch
 
 CAPTURE_LAYERS = (1, 0)
@@ -34,7 +36,6 @@ def batch(vocab_size):
     }
 
 
-@eqx.filter_jit
 def forward(target, given):
     """A prefill, and a block after it: what `cache build` and decoding do."""
     first = prefill(
@@ -62,7 +63,7 @@ def run(folder, text):
     mesh = make_mesh(parse_mesh(text))
     target = load_target(folder, mesh=mesh)
     given = put_batch(mesh, batch(target.config.vocab_size))
-    compiled = forward.lower(target, given).compile()
+    compiled = eqx.filter_jit(forward).lower(target, given).compile()
     outputs, kv = compiled(target, given)
     layer = target.layers[1]
     arrays = {
@@ -75,7 +76,7 @@ def run(folder, text):
         "keys": kv.layers[1].k,
         "features": outputs["features"],
     }
-    if target.config.num_experts:
+    if isinstance(layer.mlp, MoE):
         arrays |= {"gate_up_proj": layer.mlp.experts.gate_up_proj, "down_proj": layer.mlp.experts.down_proj}
     else:
         arrays |= {"up_proj": layer.mlp.up_proj.weight, "down_proj": layer.mlp.down_proj.weight}
@@ -88,7 +89,8 @@ def run(folder, text):
 def main():
     out, pairs = Path(sys.argv[1]), sys.argv[2:]
     start_processes()
-    outputs, told = {}, {"processes": jax.process_count(), "devices": jax.device_count()}
+    outputs: dict[str, np.ndarray] = {}
+    told: dict[str, Any] = {"processes": jax.process_count(), "devices": jax.device_count()}
     for folder, text in zip(map(Path, pairs[::2]), pairs[1::2], strict=True):
         name = f"{folder.name}/{text}"
         values, told[name] = run(folder, text)

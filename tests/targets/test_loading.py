@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from dflash_jax.core import InputError, MeshShape, load_tensors, make_mesh, save_tensors
+from dflash_jax.nn import MoE
 from dflash_jax.targets import (
     describe_target,
     fingerprint,
@@ -237,7 +238,9 @@ def test_mxfp4_is_dequantised_on_the_way(tmp_path, shape):
     folder, tensors = write_mxfp4(tmp_path / "target")
     target = load_target(folder, mesh=make_mesh(shape) if shape else None)
     for layer in range(2):
-        experts = target.layers[layer].mlp.experts
+        moe = target.layers[layer].mlp
+        assert isinstance(moe, MoE)
+        experts = moe.experts
         for name, matrix in (("gate_up_proj", experts.gate_up_proj), ("down_proj", experts.down_proj)):
             stored = f"model.layers.{layer}.mlp.experts.{name}"
             want = by_hand(tensors[f"{stored}_blocks"], tensors[f"{stored}_scales"])

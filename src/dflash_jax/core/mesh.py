@@ -168,6 +168,14 @@ def require_one_process(command: str) -> None:
         )
 
 
+def _number(environment: Mapping[str, str], name: str) -> int | None:
+    """A variable as a whole number; None where it is not set."""
+    text = environment.get(name, "")
+    if text and not (text.isascii() and text.isdigit()):
+        raise InputError(f"{name} is {text!r}: a whole number is needed")
+    return int(text) if text else None
+
+
 def start_processes(environment: Mapping[str, str] = os.environ) -> bool:
     """Join the other processes of a run that was started as several; return whether there are others.
 
@@ -184,15 +192,9 @@ def start_processes(environment: Mapping[str, str] = os.environ) -> bool:
         return False
     import jax
 
-    numbers: dict[str, int] = {}
-    for argument, name in (("num_processes", "JAX_NUM_PROCESSES"), ("process_id", "JAX_PROCESS_ID")):
-        text = environment.get(name, "")
-        if text and not text.isdigit():
-            raise InputError(f"{name} is {text!r}: a whole number is needed")
-        if text:
-            numbers[argument] = int(text)
+    num_processes, process_id = (_number(environment, name) for name in ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID"))
     try:
-        jax.distributed.initialize(environment.get("JAX_COORDINATOR_ADDRESS"), **numbers)
+        jax.distributed.initialize(environment.get("JAX_COORDINATOR_ADDRESS"), num_processes, process_id)
     except (RuntimeError, ValueError) as error:
         raise InputError(
             f"this process could not join the others ({' '.join(str(error).split())}): check JAX_COORDINATOR_ADDRESS, "

@@ -23,7 +23,7 @@ from dflash_jax.core import (
     replicated_axes,
     split_axes,
 )
-from dflash_jax.nn import Experts, MoE, SwiGLU, apply_experts, best_tokens
+from dflash_jax.nn import MoE, SwiGLU, apply_experts, best_tokens
 from dflash_jax.targets.config import TargetConfig
 
 
@@ -160,6 +160,12 @@ def greedy_tokens_split(
     return split_call(hidden, head)
 
 
+def _matrices(moe: MoE) -> tuple[Array, ...]:
+    """What is split of a mixture of experts; its router is not."""
+    experts = moe.experts
+    return experts.gate_up_proj, experts.gate_up_proj_bias, experts.down_proj, experts.down_proj_bias
+
+
 def moe_split(moe: MoE, x: Float[Array, "batch query hidden"], mesh: Mesh) -> Float[Array, "batch query hidden"]:
     """Return `moe(x)` where experts are split over devices: each one computes its own experts for its own rows.
 
@@ -171,18 +177,13 @@ def moe_split(moe: MoE, x: Float[Array, "batch query hidden"], mesh: Mesh) -> Fl
     num_experts, num_columns, _ = moe.experts.down_proj.shape
     over_experts, over_columns = split_axes(("experts", "mlp"), (num_experts, num_columns), shape)
     rows = PartitionSpec(*split_axes(("batch",), x.shape[:1], MeshShape(data=shape.data)))
-    parts = MoE(
-        router=jax.tree.map(lambda _: PartitionSpec(), moe.router),
-        experts=Experts(
-            gate_up_proj=PartitionSpec(over_experts, None, over_columns),
-            gate_up_proj_bias=PartitionSpec(over_experts, over_columns),
-            down_proj=PartitionSpec(over_experts, over_columns),
-            down_proj_bias=PartitionSpec(over_experts),
-            alpha=moe.experts.alpha,
-            limit=moe.experts.limit,
-        ),
-        top_k=moe.top_k,
+    specs = (
+        PartitionSpec(over_experts, None, over_columns),
+        PartitionSpec(over_experts, over_columns),
+        PartitionSpec(over_experts, over_columns),
+        PartitionSpec(over_experts),
     )
+    parts = eqx.tree_at(_matrices, jax.tree.map(lambda _: PartitionSpec(), moe), specs)
     joined = (*(over_experts or ()), *(over_columns or ()))
 
     def local(part: MoE, x: Float[Array, "batch query hidden"]) -> Float[Array, "batch query hidden"]:

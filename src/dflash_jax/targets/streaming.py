@@ -168,7 +168,8 @@ def make_array(
     """
     made: dict[tuple[tuple[int, int], ...], np.ndarray] = {}
 
-    def part(index: Index) -> np.ndarray:
+    def part(index: Index | None) -> np.ndarray:
+        assert index is not None, "only shards of this process are asked for"
         bounds = tuple(one.indices(size)[:2] for one, size in zip(index, shape, strict=True))
         if bounds not in made:
             made[bounds] = np.empty([stop - start for start, stop in bounds], dtype)
