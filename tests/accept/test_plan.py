@@ -60,3 +60,9 @@ def test_many_anchors_stay_together():
         anchors_per_item=64,
     )
     assert (batch.num_rows, batch.anchors_per_row, batch.group, batch.most_items) == (1, 64, 1, 15)
+
+
+def test_a_long_context_takes_fewer_anchors_at_a_time():
+    job = Job(index=0, length=131072, text_hash=0, anchors=np.arange(50, dtype=np.int32))
+    (batch,) = plan_batches([job], tokens_per_batch=4096, anchors_per_item=64)
+    assert (batch.num_rows, batch.anchors_per_row, batch.group, batch.most_items) == (1, 2, 1, 25)

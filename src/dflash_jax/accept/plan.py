@@ -10,6 +10,8 @@ WIDTH_STEP = 64
 WIDTH_RATIO = 0.75
 """A width serves sequences down to this share of it; a compile costs more than the padding."""
 FEWEST_ANCHORS = 8
+MOST_PAIRS = 2**18
+"""Anchors times context tokens that are scored at a time, for every slot and head: long contexts take fewer anchors."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -121,11 +123,12 @@ def plan_batches(jobs: Sequence[Job], *, tokens_per_batch: int, anchors_per_item
     Args:
         jobs: in any order.
         tokens_per_batch: most tokens of a batch, padding included; a longer sequence is a batch of its own.
-        anchors_per_item: anchors drafted at a time.
+        anchors_per_item: anchors drafted at a time, at most.
     """
     for width, some in _by_width(jobs):
-        anchors_per_row = _anchors_per_row(some, anchors_per_item)
-        group = max(1, anchors_per_item // anchors_per_row)
+        anchors = max(1, min(anchors_per_item, MOST_PAIRS // width))
+        anchors_per_row = _anchors_per_row(some, anchors)
+        group = anchors // anchors_per_row
         num_rows = max(1, min(tokens_per_batch // width, len(some)))
         batches = [tuple(some[start : start + num_rows]) for start in range(0, len(some), num_rows)]
         pieces = max(sum(-(-len(job.anchors) // anchors_per_row) for job in batch) for batch in batches)
