@@ -154,31 +154,20 @@ def test_a_hover_shows_the_records_value_and_interval(browser, pages):
 def test_tabs_and_buttons_work_from_the_keyboard(browser, pages):
     with browsing.visit(browser, pages / "check.html") as visit:
         page = visit.page
+        # From the top of the page, every button can be reached: of a list of tabs the chosen one.
+        reached = []
+        for _ in range(page.locator("button, a, summary, [tabindex]").count()):
+            page.keyboard.press("Tab")
+            reached.append(page.evaluate("document.activeElement.outerHTML.slice(0, 200)"))
+        for button in page.locator("button:visible:not([tabindex='-1'])").all():
+            assert button.evaluate("button => button.outerHTML.slice(0, 200)") in reached
         tabs = page.get_by_role("tab")
         tabs.first.focus()
-        for key, place in (
-            ("ArrowRight", 1),
-            ("End", tabs.count() - 1),
-            ("ArrowRight", 0),
-            ("ArrowLeft", -1),
-            ("Home", 0),
-        ):
+        last = tabs.count() - 1
+        for key, place in (("ArrowRight", 1), ("End", last), ("ArrowRight", 0), ("ArrowLeft", last), ("Home", 0)):
             page.keyboard.press(key)
-            wanted = tabs.nth(place) if place >= 0 else tabs.last
-            assert wanted.get_attribute("aria-selected") == "true"
-            assert wanted.evaluate("tab => tab === document.activeElement")
-        # Everything that can be clicked can be reached: of a tab list the chosen one.
-        reached = set()
-        page.evaluate("document.activeElement.blur()")
-        for _ in range(200):
-            page.keyboard.press("Tab")
-            name = page.evaluate("document.activeElement.tagName + document.activeElement.textContent.slice(0, 40)")
-            if name.startswith("BODY") and reached:
-                break
-            reached.add(name)
-        for button in page.locator("button:visible").all():
-            if button.get_attribute("tabindex") != "-1":
-                assert f"BUTTON{(button.text_content() or '')[:40]}" in reached
+            assert tabs.nth(place).get_attribute("aria-selected") == "true"
+            assert tabs.nth(place).evaluate("tab => tab === document.activeElement")
         _sound(visit)
 
 
