@@ -1,5 +1,7 @@
 """The capture self-test finds what captures get wrong, each injected into a real forward."""
 
+from typing import Any
+
 import equinox as eqx
 import jax.numpy as jnp
 import numpy as np
@@ -25,8 +27,9 @@ def folder(tmp_path_factory):
 
 
 def config(folder, **changes):
-    defaults = {"target": folder / "target", "responses": folder / "r.jsonl", "out": folder / "cache"}
-    return CacheBuildConfig(**defaults | {"capture_layers": (1, 3), "position_offsets": (0, 70000)} | changes)
+    settings: dict[str, Any] = {"target": folder / "target", "responses": folder / "r.jsonl", "out": folder / "cache"}
+    settings |= {"capture_layers": (1, 3), "position_offsets": (0, 70000)}
+    return CacheBuildConfig(**settings | changes)
 
 
 def findings(folder, forward=prefill, **changes):

@@ -97,8 +97,9 @@ class CacheCostConfig:
     def build(self) -> CacheBuildConfig:
         """Return the build that is asked about."""
         shared = {field.name for field in fields(CacheBuildConfig)} & {field.name for field in fields(type(self))}
-        values = {name: getattr(self, name) for name in shared if getattr(self, name) is not None}
-        return CacheBuildConfig(**{"responses": Path("unknown")} | values)
+        values: dict[str, Any] = {name: getattr(self, name) for name in shared}
+        values["responses"] = self.responses or Path("unknown")
+        return CacheBuildConfig(**values)
 
 
 def _uniform(config: CacheCostConfig, target: TargetConfig) -> Responses:

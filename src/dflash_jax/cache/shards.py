@@ -121,7 +121,7 @@ def write_shard(path: Path, layout: Layout, tensors: dict[str, np.ndarray]) -> t
     with atomic_file(path) as temporary, temporary.open("wb") as file:
         file.write(header)
         for name in names:
-            raw = memoryview(tensors[name].reshape(-1).view(np.uint8))
+            raw = tensors[name].reshape(-1).view(np.uint8).data
             for first in range(0, len(raw), _WRITE_BYTES):
                 piece = raw[first : first + _WRITE_BYTES]
                 digest.update(piece)
