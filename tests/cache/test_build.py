@@ -1,13 +1,14 @@
 """Plan, inputs, and what a build does with them."""
 
 import json
+from dataclasses import fields
 from itertools import combinations
 
 import ml_dtypes
 import numpy as np
 import pytest
 
-from dflash_jax.cache import CacheBuildConfig, open_cache
+from dflash_jax.cache import CacheBuildConfig, open_cache, read_responses
 from dflash_jax.cache.features import first_not_finite
 from dflash_jax.cache.plan import choose_lengths, group_prompts, plan_batches, plan_shards, stored_order
 from dflash_jax.core import InputError
@@ -210,6 +211,17 @@ def test_bad_row_is_named_by_line_before_anything_is_written(tmp_path, row, mess
     with pytest.raises(InputError, match=f"responses.jsonl line 3: {message}: fix or drop that row"):
         toy_cache.build_toy(tmp_path)
     assert not (tmp_path / "cache").exists()
+
+
+def test_what_is_kept_of_a_response_does_not_grow_with_its_tokens(tmp_path):
+    toy_cache.write_responses(tmp_path / "r.jsonl", toy_cache.toy_rows(300))
+    responses = read_responses(tmp_path / "r.jsonl", vocab_size=toy_cache.VOCAB, max_length=200)
+    kept = [getattr(responses, field.name) for field in fields(responses)]
+    assert sum(value.nbytes for value in kept if isinstance(value, np.ndarray)) == 30 * 300
+    assert not any(isinstance(value, list | tuple) and len(value) > 3 for value in kept)
+    assert [responses.tokens(row).tolist() for row in (299, 0)] == [
+        prompt + response for prompt, response in (toy_cache.toy_rows(300)[row] for row in (299, 0))
+    ]
 
 
 def test_rows_without_a_set_are_of_the_unknown_one(tmp_path):

@@ -22,7 +22,7 @@ MAX_PROMPT_SETS = 2**16  # their indices are uint16 in a shard
 class Responses:
     """Prompts with their responses, one sequence per row of the file.
 
-    The tokens stay in the file, of which every row was checked: what is kept of a row is 34 bytes, so that a build's
+    The tokens stay in the file, of which every row was checked: what is kept of a row is 30 bytes, so that a build's
     memory does not grow with the number of sequences.
 
     Attributes:
