@@ -10,6 +10,7 @@ trained on, 0.17 on a cache of other prompts at offsets 0, 4096, 65536 and 13107
     same        its own 16 contexts at the four offsets                     positions change, prompts do not
     other       8 other contexts at the four offsets                        the report's offset cache: both change
     held-out    HumanEval at the four offsets                               many prompts per bucket
+    mixed       the 8 other contexts, two at each offset, 8 anchors each    the report's buckets: 16 blocks of 2 prompts
     general     a drafter trained on enough prompts, on the held-out ones   what a user would train
 
 Every stage is a `dflash-jax` command, printed as it is run, and skipped where its record exists: a killed run goes on.
@@ -57,6 +58,8 @@ class Recipe:
     """Training steps of the memorised drafter; it is checked at three quarters, as the report's was."""
     fine_tune_steps: int = 200
     """Steps of the fine-tune on the offset cache."""
+    early_steps: int = 30
+    """Steps of a fine-tune that is stopped where acceptance is half-way, as the report's was."""
     general_prompts: int = 384
     """Prompts of the general drafter."""
     general_steps: int = 800
@@ -166,6 +169,17 @@ def packed_prompts(recipe: Recipe, responses: Path, tokenizer: Tokenizer) -> lis
     ]
 
 
+def split(out: Path, *, each: int) -> None:
+    """Give every offset contexts of its own, as the report's buckets had."""
+    rows = read_jsonl(out / "other.jsonl", what="the responses")
+    for bucket, offset in enumerate(BUCKETS):
+        path = out / f"mixed-{offset}.jsonl"
+        if not path.exists():
+            write_lines(path, rows[bucket * each : (bucket + 1) * each])
+            record = read_json(out / "other.jsonl.record.json", what="the responses' record")
+            write_json(path.with_name(path.name + ".record.json"), record)
+
+
 def prepare(recipe: Recipe, stages: Stages) -> Path:
     """Target, responses, packed contexts; return the target folder."""
     out, target = recipe.out, recipe.out / "target"
@@ -203,10 +217,13 @@ def prepare(recipe: Recipe, stages: Stages) -> Path:
             f"responses-{name}", "responses", "--target", target, "--prompts", prompts, "--out", out / f"{name}.jsonl",
             *rollout,
         )  # fmt: skip
+    split(out, each=max(1, recipe.other_contexts // len(BUCKETS)))
     return target
 
 
+BUCKETS = tuple(OFFSETS.split(","))
 CACHES = {  # its responses and offsets
+    **{f"mixed-{offset}": (f"mixed-{offset}", offset) for offset in BUCKETS},
     "base": ("base", "0"),
     "same": ("base", OFFSETS),
     "other": ("other", OFFSETS),
@@ -243,12 +260,12 @@ def train(recipe: Recipe, stages: Stages, target: Path) -> dict[str, Path]:
         "--checkpoint-every", kept, "--learning-rate", "1e-3", *resumed(out / "memorised"),
     )  # fmt: skip
     memorised = out / "memorised" / f"run-{3 * kept}"
-    stages.run(
-        "train-fine-tuned", "train", *common, "--cache", cache(recipe, stages, target, "other"),
-        "--out", out / "fine-tuned",
-        "--steps", recipe.fine_tune_steps, "--sequences-per-step", 2, "--anchors-per-sequence", recipe.batch // 2,
-        "--learning-rate", "5e-4", "--init-from", memorised, *resumed(out / "fine-tuned"),
-    )  # fmt: skip
+    for name, steps in (("fine-tuned", recipe.fine_tune_steps), ("early", recipe.early_steps)):
+        stages.run(
+            f"train-{name}", "train", *common, "--cache", cache(recipe, stages, target, "other"), "--out", out / name,
+            "--steps", steps, "--sequences-per-step", 2, "--anchors-per-sequence", recipe.batch // 2,
+            "--learning-rate", "5e-4", "--init-from", memorised, *resumed(out / name),
+        )  # fmt: skip
     stages.run(
         "train-general", "train", *common, *shape, "--cache", cache(recipe, stages, target, "general"),
         "--out", out / "general",
@@ -258,6 +275,7 @@ def train(recipe: Recipe, stages: Stages, target: Path) -> dict[str, Path]:
     return {
         "memorised": memorised,
         "fine-tuned": out / "fine-tuned" / f"run-{recipe.fine_tune_steps}",
+        "early": out / "early" / f"run-{recipe.early_steps}",
         "general": out / "general" / f"run-{recipe.general_steps}",
     }
 
@@ -288,9 +306,12 @@ def measure(recipe: Recipe, stages: Stages, target: Path, drafters: dict[str, Pa
         )
         for on in caches
     }
-    # as many blocks per bucket as the report had: 16
-    few = ("--anchors", f"random:{max(1, 16 // recipe.other_contexts)}")
-    checks["fine-tuned on other, 16 blocks per bucket"] = check("few", "fine-tuned", "other", *few)
+    checks["early on other"] = check("early-other", "early", "other")
+    for offset in BUCKETS:
+        # 16 blocks of two prompts per bucket, as the report had
+        checks[f"early on mixed, {offset}"] = check(
+            f"early-mixed-{offset}", "early", f"mixed-{offset}", "--anchors", f"every:{recipe.rollout // 8}"
+        )
     parities = {
         "general": parity("general", "general", "held-out", PARITY_OFFSETS),
         "memorised, its own contexts": parity("memorised-base", "memorised", "base", OFFSETS),
