@@ -53,7 +53,12 @@ GPT_OSS_20B = {
         "original_max_position_embeddings": 4096,
     },
 }  # fmt: skip
-SHAPES = {"gpt-oss-20b": GPT_OSS_20B}
+TINY = {"vocab_size": 512, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 8, "num_local_experts": 8}
+SHAPES = {
+    "gpt-oss-20b": GPT_OSS_20B,
+    # to see the script run where there is no accelerator
+    "gpt-oss-tiny": GPT_OSS_20B | TINY | {"layer_types": ["sliding_attention", "full_attention"] * 4},
+}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -201,7 +206,8 @@ def main() -> None:
             "position_offset": np.zeros(options.batch, np.int32),
         },
     )
-    compiled = eqx.filter_jit(forward).lower(target, **given, capture_layers=layers).compile()
+    jitted: Any = eqx.filter_jit(forward)
+    compiled = jitted.lower(target, **given, capture_layers=layers).compile()
     ceiling, ceiling_flops = matmul_work(size=options.ceiling_size, products=2, dtype=options.dtype)
     work: dict[str, Work] = {"ours": lambda: compiled(target, **given, capture_layers=layers), "ceiling": ceiling}
     result: dict[str, Any] = {"benchmark": "target_prefill", "machine": about, **describe(config, options, compiled)}

@@ -63,7 +63,8 @@ def run(folder, text):
     mesh = make_mesh(parse_mesh(text))
     target = load_target(folder, mesh=mesh)
     given = put_batch(mesh, batch(target.config.vocab_size))
-    compiled = eqx.filter_jit(forward).lower(target, given).compile()
+    jitted: Any = eqx.filter_jit(forward)
+    compiled = jitted.lower(target, given).compile()
     outputs, kv = compiled(target, given)
     layer = target.layers[1]
     arrays = {
@@ -89,7 +90,7 @@ def run(folder, text):
 def main():
     out, pairs = Path(sys.argv[1]), sys.argv[2:]
     start_processes()
-    outputs: dict[str, np.ndarray] = {}
+    outputs: dict[str, Any] = {}
     told: dict[str, Any] = {"processes": jax.process_count(), "devices": jax.device_count()}
     for folder, text in zip(map(Path, pairs[::2]), pairs[1::2], strict=True):
         name = f"{folder.name}/{text}"
