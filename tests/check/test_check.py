@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -175,6 +176,21 @@ def test_json(tmp_path, target_folder, cache_folder, cache, drafter_folder, resu
     whole = np.concatenate([r.accepted[r.labelled.all(axis=1)] for r in results if r.sequence_index in (0, 1)])
     assert found["seen"]["accept_len_mean"] == pytest.approx(whole.mean())
     assert sum(group["num_anchors"] for group in offsets.values()) == found["num_anchors"]
+    assert found["anchors"] == "all"
+    assert (found["comparison"], found["checks"]) == ([], [])
+    # the buckets part the same anchors
+    for name in ("by_context_length", "by_prompt_set"):
+        assert sum(group["num_anchors"] for group in found[name].values()) == found["num_anchors"]
+        assert sum(group["replay"]["num_blocks"] for group in found[name].values()) == found["replay"]["num_blocks"]
+    assert list(found["by_context_length"]) == ["0-63"]
+    assert list(found["by_prompt_set"]) == [cache.sequence(0).prompt_set]
+    labelled = sum(result.labelled.sum(axis=0) for result in results)
+    assert [slot["num_labelled"] for slot in found["by_slot"]] == labelled.tolist()
+    assert found["by_slot"][0]["token_acc"] > found["by_slot"][3]["token_acc"] > 0
+    assert (found["num_departures"], found["num_response_tokens"]) == (0, sum(len(r.accepted) + 1 for r in results))
+    # the chain lands behind rejections
+    assert 0 < found["replay"]["accept_len_mean"] < found["accept_len_mean"]
+    assert "only the replay predicts" in found["replay"]["why"]
     # texts at two offsets draft the same here
     difference = found["accept_len_by_offset_difference"]
     assert set(difference) == {str(FAR)}
@@ -182,6 +198,76 @@ def test_json(tmp_path, target_folder, cache_folder, cache, drafter_folder, resu
     assert difference[str(FAR)]["mean"] == pytest.approx(
         offsets[str(FAR)]["accept_len_mean"] - offsets["0"]["accept_len_mean"], abs=1e-9
     )
+
+
+def test_drafters_and_caches_are_compared(tmp_path, target_folder, cache_folder, drafter_folder):
+    """Two drafters on two caches of which one holds some of the other's texts: four checks, four comparisons."""
+    rows = read_jsonl(cache_folder.parent / "responses.jsonl", what="responses")
+    (tmp_path / "some.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[1:3]))
+    (tmp_path / "some.jsonl.record.json").write_bytes(
+        (cache_folder.parent / "responses.jsonl.record.json").read_bytes()
+    )
+    some = tiny_chain.build_cache(tmp_path / "some", target_folder, tmp_path / "some.jsonl")
+    other = tmp_path / "other"
+    other.mkdir()
+    save_drafter(tiny.random_drafter(tiny.tiny_drafter_config()), other)
+    found = check(
+        some_config(target_folder, cache_folder, drafter_folder, compare_drafters=(other,), compare_caches=(some,))
+    )
+    assert json.loads(json.dumps(found, allow_nan=False)) == found
+    assert [(one["drafter"], one["cache"]) for one in found["checks"]] == [
+        (str(drafter), str(one)) for drafter in (drafter_folder, other) for one in (cache_folder, some)
+    ]
+    assert found["checks"][0] == {key: value for key, value in found.items() if key not in ("comparison", "checks")}
+    pairs = {tuple((pair[side]["drafter"], pair[side]["cache"]) for side in "ab"): pair for pair in found["comparison"]}
+    assert len(pairs) == len(found["comparison"]) == 4
+    good, bad = ((str(drafter_folder), str(cache_folder)), (str(other), str(cache_folder)))
+    drafters = pairs[good, bad]
+    assert (drafters["paired"], drafters["num_prompts"]) == (True, len(TEXTS))
+    assert drafters["num_anchors"] == found["num_anchors"]
+    assert drafters["accept_len"]["a"] == found["accept_len_mean"]
+    assert drafters["accept_len"]["b"] == found["checks"][2]["accept_len_mean"]
+    assert drafters["tau"]["a"] == found["replay"]["tau_micro"]
+    assert drafters["accept_len"]["ci95"][1] < 0
+    assert drafters["verdict"].startswith("a accepts ")
+    # the second cache has two of the texts, at one of the offsets: of those two, nothing changes
+    caches = pairs[good, (str(drafter_folder), str(some))]
+    assert (caches["paired"], caches["num_prompts"]) == (True, 2)
+    assert caches["num_anchors"] == found["checks"][1]["num_anchors"]
+    assert caches["accept_len"]["difference"] == pytest.approx(0, abs=1e-12)
+    assert found["checks"][1]["num_prompts"] == 2
+
+
+def test_chosen_anchors_are_some_of_all(target_folder, cache_folder, drafter_folder, results):
+    found = check(some_config(target_folder, cache_folder, drafter_folder, anchors="every:3"))
+    assert (found["anchors"], found["replay"]) == ("every:3", None)
+    whole = [result.at(np.arange(len(result.anchors)) % 3 == 0) for result in results]
+    accepted = np.concatenate([result.accepted[result.whole] for result in whole])
+    assert found["num_anchors"] == len(accepted)
+    assert found["accept_len_mean"] == pytest.approx(accepted.mean())
+    some = check(some_config(target_folder, cache_folder, drafter_folder, anchors="random:4", seed=3))
+    # the same text has the same anchors at both offsets
+    assert len({group["num_anchors"] for group in some["by_ctx_pos_start"].values()}) == 1
+    assert (
+        some["accept_len_by_offset_difference"][str(FAR)]["num_anchors"] == some["by_ctx_pos_start"]["0"]["num_anchors"]
+    )
+    assert some["num_anchors"] < found["num_anchors"]
+
+
+def test_text_that_is_not_greedy_is_a_warning(tmp_path, target_folder, cache_folder, drafter_folder):
+    rows = read_jsonl(cache_folder.parent / "responses.jsonl", what="responses")
+    ids = rows[2]["response_ids"]
+    rows[2]["response_ids"] = [*ids[:6], ids[6] + 1 if ids[6] < 40 else ids[6] - 1, *ids[7:]]
+    (tmp_path / "sampled.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    cache = tiny_chain.build_cache(tmp_path / "cache", target_folder, tmp_path / "sampled.jsonl")
+    found = check(some_config(target_folder, cache, drafter_folder))
+    # the text goes on as it was, which is not what the target says after the changed token
+    assert 1 <= found["num_departures"] <= len(ids)
+    (_, warning) = found["warnings"]
+    tokens = sum(len(row["response_ids"]) for row in rows)
+    assert warning.startswith(f"{found['num_departures']} of {tokens} response tokens (")
+    assert f"({found['num_unlabelled']:,} have none, those past the texts' ends included)" in warning
+    assert "replay (tau) assumes greedy text" in warning
 
 
 @pytest.mark.slow
@@ -221,11 +307,17 @@ def test_only_seen_prompts_is_a_warning(tmp_path, target_folder, cache_folder, c
         ({"block_size": 1}, r"--block-size is 1: at least 2 are needed \(the anchor and one drafted token\)"),
         ({"anchors_per_chunk": 0}, "--anchors-per-chunk and --bootstrap-samples need positive numbers"),
         ({"bootstrap_samples": 0}, "--anchors-per-chunk and --bootstrap-samples need positive numbers"),
+        ({"anchors": "some"}, "--anchors is 'some': choose all, every:N or random:N, with N from 1 up"),
+        (
+            {"compare_drafters": (Path("a"), Path("a"))},
+            "--compare-drafters: a is named twice: name each of the others once",
+        ),
+        ({"compare_caches": (Path("c"),), "cache": Path("c")}, "--compare-caches: c is named twice: name each .*"),
     ],
 )
 def test_bad_number_is_named(tmp_path, changes, message):
     with pytest.raises(InputError, match=f"^{message}$"):
-        CheckConfig(target=tmp_path, cache=tmp_path, drafter=tmp_path, **changes)
+        CheckConfig(**{"target": tmp_path, "cache": tmp_path, "drafter": tmp_path, **changes})
 
 
 def refused(message, *paths, **changes):
@@ -238,6 +330,14 @@ def test_settings_that_the_cache_or_the_drafter_has_not(target_folder, cache_fol
     paths = target_folder, cache_folder, drafter_folder
     refused("^--block-size is 6: the drafter was trained for blocks of 5, at most that$", *paths, block_size=6)
     refused(r"^--position-offsets names 7: .*cache holds 0, 70000$", *paths, position_offsets=(0, 7))
+
+
+def test_what_is_compared_must_fit_too(tmp_path, target_folder, cache_folder, drafter_folder):
+    paths = target_folder, cache_folder, drafter_folder
+    refused("^no drafter folder at .*gone$", *paths, compare_drafters=(tmp_path / "gone",))
+    refused("^no cache at .*gone", *paths, compare_caches=(tmp_path / "gone",))
+    other = changed(tmp_path, drafter_folder, vocab_size=54)
+    refused("^the drafter .*changed does not fit the target: vocab_size is 54", *paths, compare_drafters=(other,))
 
 
 def test_another_target_is_named(tmp_path, cache_folder, drafter_folder):
