@@ -351,7 +351,7 @@ def test_the_last_slot_must_not_be_normed(source, target_folder, tmp_path):
         ((1, 3), "the layer ids are wrong: the hidden states said to be the output of layer 0 are that of layer 1"),
         ((4, 2), "said to be the output of layer 3 are that of layer 1"),
         ((2, 6), "--aux-layers names 6: speculators' ids of this target's layers are 1 to 5"),
-        ((0, 2), "--aux-layers names 0: .* 0 is the embedding"),
+        ((0, 2), "--aux-layers names 0: .*0 is the embedding"),
     ],
 )
 def test_wrong_layer_ids_are_named(data, target_folder, tmp_path, aux, message):
