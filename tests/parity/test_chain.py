@@ -45,7 +45,7 @@ def drafted_in_float64(world, chain, cached, anchor, slots, *, context_start, bl
 
 @pytest.mark.parametrize(
     ("settings", "context_start", "block_shift"),
-    [({}, 4096, 0), ({"block_shift": 1}, 4096, 1), ({"drafter_positions": "block-ignores-offset"}, 4096, -4096)],
+    [({"block_shift": 1}, 4096, 1), ({"drafter_positions": "block-ignores-offset"}, 4096, -4096)],
 )
 def test_every_anchor_is_drafted_where_the_engine_places_it(world, chain, settings, context_start, block_shift):
     engine = engine_of(world, **settings)

@@ -262,16 +262,16 @@ def test_memorisation_shows_without_a_single_seen_prompt(world):
     assert any("hardly anything to lose" in line for line in found["warnings"])
 
 
-@pytest.mark.parametrize(("ids", "moved", "better"), [((0, 2), "-1", "layers+1"), ((2, 4), "+1", "layers-1")])
-def test_a_drafter_that_was_trained_on_other_layers_than_it_says(tmp_path, world, ids, moved, better):
+def test_a_drafter_that_was_trained_on_other_layers_than_it_says(tmp_path, world):
+    """By the commonest mistake: ids of layers' inputs, where outputs were meant."""
     drafter = tmp_path / "drafter"
     shutil.copytree(world.drafter, drafter)
     config = read_json(drafter / "config.json", what="config")
-    config["dflash_config"]["target_layer_ids"] = list(ids)
+    config["dflash_config"]["target_layer_ids"] = [0, 2]
     write_json(drafter / "config.json", config)
     found = world.parity(drafter=drafter)
     # every offset is as the smallest, and yet target and drafter do not fit
     assert (found["verdict"], found["cause_id"]) == ("holds", "capture_layers_shifted")
     assert not HOLDS(found)
-    assert f"it was trained on those, its target_layer_ids {ids[0]}, {ids[1]} are moved by {moved}" in found["cause"]
-    assert found["probes"][better] > found["reference"]["accept_len_mean"] + 1
+    assert "it was trained on those, its target_layer_ids 0, 2 are moved by -1" in found["cause"]
+    assert found["probes"]["layers+1"] > found["reference"]["accept_len_mean"] + 1
