@@ -74,7 +74,9 @@ def test_one_cache_among_another_s_texts_at_other_offsets():
 
 def test_only_anchors_that_both_have_are_paired():
     some = [replace(A[0].at(np.array([0, 1, 1, 0, 1], bool)), on_chain=None), A[1]]
-    side_a, side_b = pair_results(some, B)
+    pairs = pair_results(some, B)
+    assert pairs is not None
+    side_a, side_b = pairs
     assert [result.anchors.tolist() for result in side_a] == [[3, 4, 6], [1, 2, 3, 4]]
     assert [result.anchors.tolist() for result in side_b] == [[3, 4, 6], [1, 2, 3, 4]]
     found = compare(some, B, samples=50, seed=0)
@@ -82,7 +84,9 @@ def test_only_anchors_that_both_have_are_paired():
     assert found["accept_len"]["difference"] == pytest.approx(1 / 4)
     # an anchor whose block is whole on one side only is compared on neither
     unlabelled = replace(B[0], labelled=B[0].labelled & (np.arange(5) != 1)[:, None])
-    side_a, side_b = pair_results(A, [unlabelled, B[1]])
+    pairs = pair_results(A, [unlabelled, B[1]])
+    assert pairs is not None
+    side_a, side_b = pairs
     assert side_a[0].anchors.tolist() == side_b[0].anchors.tolist() == [2, 4, 5, 6]
 
 

@@ -184,7 +184,7 @@ def test_json(tmp_path, target_folder, cache_folder, cache, drafter_folder, resu
         assert sum(group["replay"]["num_blocks"] for group in found[name].values()) == found["replay"]["num_blocks"]
     assert list(found["by_context_length"]) == ["0-63"]
     assert list(found["by_prompt_set"]) == [cache.sequence(0).prompt_set]
-    labelled = sum(result.labelled.sum(axis=0) for result in results)
+    labelled = np.sum([result.labelled.sum(axis=0) for result in results], axis=0)
     assert [slot["num_labelled"] for slot in found["by_slot"]] == labelled.tolist()
     assert found["by_slot"][0]["token_acc"] > found["by_slot"][3]["token_acc"] > 0
     assert (found["num_departures"], found["num_response_tokens"]) == (0, sum(len(r.accepted) + 1 for r in results))
