@@ -68,8 +68,8 @@ class Recipe:
     """Most tokens of a response, of its prompts and of the held-out ones."""
     held_out: int = 64
     """HumanEval prompts that the drafters are checked on."""
-    parity_texts: int = 16
-    """Texts that the parities read, at every offset and rope."""
+    parity_texts: int = 8
+    """Texts that a parity reads, at every offset; the sound one reads twice as many."""
     batch: int = 64
     """Anchors per step."""
 
@@ -290,11 +290,13 @@ def measure(recipe: Recipe, stages: Stages, target: Path, drafters: dict[str, Pa
             "--drafter", drafters[drafter], *more,
         )  # fmt: skip
 
-    def parity(name: str, drafter: str, responses: str, offsets: str, *more: str | int) -> dict[str, Any]:
+    def parity(
+        name: str, drafter: str, responses: str, offsets: str, *more: str, texts: int = recipe.parity_texts
+    ) -> dict[str, Any]:
         return stages.run(
             f"parity-{name}", "parity", "--target", target, "--drafter", drafters[drafter], "--responses",
             out / f"{responses}.jsonl", "--position-offsets", offsets,
-            "--limit", recipe.parity_texts, *more, allowed=(0, 1),
+            "--limit", texts, *more, allowed=(0, 1),
         )  # fmt: skip
 
     checks = {
@@ -313,7 +315,7 @@ def measure(recipe: Recipe, stages: Stages, target: Path, drafters: dict[str, Pa
             f"early-mixed-{offset}", "early", f"mixed-{offset}", "--anchors", f"every:{recipe.rollout // 8}"
         )
     parities = {
-        "general": parity("general", "general", "held-out", PARITY_OFFSETS),
+        "general": parity("general", "general", "held-out", PARITY_OFFSETS, texts=2 * recipe.parity_texts),
         "memorised, its own contexts": parity("memorised-base", "memorised", "base", OFFSETS),
         "memorised, other contexts": parity("memorised-other", "memorised", "other", OFFSETS),
         **{
