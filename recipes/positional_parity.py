@@ -37,6 +37,7 @@ BLOCK_SIZE = 8
 CAPTURE_LAYERS = "1,10,18,27"  # K = 4, the default of a target of 30 layers
 OFFSETS = "0,4096,65536,131072"
 PARITY_OFFSETS = "0,4096,65536,131072,1048576"
+FAR = "0,131072"
 PROGRAM = "import sys; from dflash_jax.cli import main; sys.exit(main())"
 
 
@@ -69,7 +70,7 @@ class Recipe:
     held_out: int = 64
     """HumanEval prompts that the drafters are checked on."""
     parity_texts: int = 8
-    """Texts that a parity reads, at every offset; the sound one reads twice as many."""
+    """Texts that a parity reads, at every offset."""
     batch: int = 64
     """Anchors per step."""
 
@@ -290,13 +291,11 @@ def measure(recipe: Recipe, stages: Stages, target: Path, drafters: dict[str, Pa
             "--drafter", drafters[drafter], *more,
         )  # fmt: skip
 
-    def parity(
-        name: str, drafter: str, responses: str, offsets: str, *more: str, texts: int = recipe.parity_texts
-    ) -> dict[str, Any]:
+    def parity(name: str, drafter: str, responses: str, offsets: str, *more: str) -> dict[str, Any]:
         return stages.run(
             f"parity-{name}", "parity", "--target", target, "--drafter", drafters[drafter], "--responses",
             out / f"{responses}.jsonl", "--position-offsets", offsets,
-            "--limit", texts, *more, allowed=(0, 1),
+            "--limit", recipe.parity_texts, *more, allowed=(0, 1),
         )  # fmt: skip
 
     checks = {
@@ -315,12 +314,12 @@ def measure(recipe: Recipe, stages: Stages, target: Path, drafters: dict[str, Pa
             f"early-mixed-{offset}", "early", f"mixed-{offset}", "--anchors", f"every:{recipe.rollout // 8}"
         )
     parities = {
-        "general": parity("general", "general", "held-out", PARITY_OFFSETS, texts=2 * recipe.parity_texts),
-        "memorised, its own contexts": parity("memorised-base", "memorised", "base", OFFSETS),
-        "memorised, other contexts": parity("memorised-other", "memorised", "other", OFFSETS),
+        "general": parity("general", "general", "held-out", PARITY_OFFSETS),
+        "memorised, its own contexts": parity("memorised-base", "memorised", "base", FAR),
+        "memorised, other contexts": parity("memorised-other", "memorised", "other", FAR),
         **{
             f"general, {rope} angles": parity(
-                f"general-{rope.replace(':', '-')}", "general", "held-out", PARITY_OFFSETS, "--rope", rope
+                f"general-{rope.replace(':', '-')}", "general", "held-out", FAR, "--rope", rope
             )
             for rope in ("bfloat16", "float32", "table:8192")
         },
