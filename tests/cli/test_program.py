@@ -51,7 +51,7 @@ def test_every_command_has_help_and_is_wired_to_its_room(command: str, capsys: p
     [
         (["trian"], "unknown command trian; did you mean train? (see dflash-jax --help)"),
         (["cache", "bild"], "unknown command cache bild; did you mean cache build? (see dflash-jax --help)"),
-        (["cache"], "cache needs one word more: cache build or cache info or cache verify"),
+        (["cache"], "cache needs one word more: cache build or cache cost or cache info or cache verify"),
         (["cache", "--cache", "x"], "unknown command cache; did you mean cache info? (see dflash-jax --help)"),
         (["zzzzzz"], "unknown command zzzzzz (see dflash-jax --help)"),
         (["target", "import", "--out", "x"], "target import needs one source: give either --smollm2 or --gguf FILE"),
