@@ -321,7 +321,7 @@ def measure(recipe: Recipe, stages: Stages, target: Path, drafters: dict[str, Pa
             f"general, {rope} angles": parity(
                 f"general-{rope.replace(':', '-')}", "general", "held-out", FAR, "--rope", rope
             )
-            for rope in ("bfloat16", "float32", "table:8192")
+            for rope in ("bfloat16", "table:8192")
         },
     }
     return {"checks": checks, "parity": parities}
