@@ -1,4 +1,5 @@
 import json
+import shutil
 
 import pytest
 
@@ -170,3 +171,14 @@ def test_an_output_that_exists_is_not_touched(whole, target):
 def test_numbers_that_make_no_sense(target, tmp_path, name):
     with pytest.raises(InputError, match=f"--{name.replace('_', '-')} is 0: a positive number is needed"):
         config(target, "humaneval", tmp_path / "x", **{name: 0})
+
+
+def test_a_damaged_target_leaves_no_file(tmp_path, target):
+    damaged = tmp_path / "target"
+    shutil.copytree(target, damaged)
+    weights = damaged / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1000])
+    prompts = str(tiny.write_prompts(tmp_path / "prompts.jsonl", tiny.TEXTS))
+    with pytest.raises(InputError, match="truncated or damaged"):
+        generate_responses(config(damaged, prompts, tmp_path / "new" / "out.jsonl"))
+    assert not (tmp_path / "new").exists()

@@ -101,14 +101,15 @@ def generate_responses(config: ResponsesConfig, *, progress: Move = no_progress)
         "rope": config.rope,
     }
     partial = _partial_path(config.out)
-    config.out.parent.mkdir(parents=True, exist_ok=True)
     done = _read_partial(partial, settings)
+    target = load_target(config.target, rope=config.rope, mesh=mesh)  # a damaged one leaves no file behind
     if not done:
+        config.out.parent.mkdir(parents=True, exist_ok=True)
         partial.unlink(missing_ok=True)
         _append(partial, [settings])
     todo = [item for item in prompts if item.prompt.id not in done]
     decoder = Decoder(
-        load_target(config.target, rope=config.rope, mesh=mesh),
+        target,
         stop_ids=tokenizer.stop_ids,
         max_new_tokens=config.max_new_tokens,
         batch_size=min(config.batch_size, max(1, len(todo))),
