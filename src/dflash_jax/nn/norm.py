@@ -9,7 +9,8 @@ from jaxtyping import Array, Float
 class RMSNorm(eqx.Module):
     """Root-mean-square normalisation over the last axis.
 
-    Statistics are float32. The order of what follows matters bit for bit in bfloat16.
+    Statistics are float32. The order of what follows matters bit for bit in bfloat16; a weight that is wider than the
+    input (float32 master weights) is multiplied in float32.
 
     Attributes:
         weight: factor of each channel.
@@ -30,6 +31,6 @@ class RMSNorm(eqx.Module):
         wide = x.astype(jnp.float32)
         scaled = wide * lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
         weight = jnp.expand_dims(self.weight, tuple(range(x.ndim - 1)))
-        if self.cast_last:
+        if self.cast_last or self.weight.dtype != x.dtype:
             return (scaled * weight.astype(jnp.float32)).astype(x.dtype)
         return scaled.astype(x.dtype) * weight
