@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from dflash_jax.drafter import StoredSequence, drafter_shapes
-from dflash_jax.train.loss import block_loss, draw_anchors, slot_weights
+from dflash_jax.train.loss import Objective, block_loss, draw_anchors, slot_weights
 from oracles import loss as oracle
 from support import tiny
 
@@ -97,9 +97,9 @@ def model():
     return tiny.random_drafter(CONFIG), embed, head
 
 
-loss_alone = jax.jit(block_loss, static_argnames=("anchors_per_sequence", "gamma"))
+loss_alone = jax.jit(block_loss, static_argnames=("anchors_per_sequence", "objective"))
 loss_and_gradient = jax.jit(
-    jax.value_and_grad(block_loss, has_aux=True), static_argnames=("anchors_per_sequence", "gamma")
+    jax.value_and_grad(block_loss, has_aux=True), static_argnames=("anchors_per_sequence", "objective")
 )
 
 
@@ -108,7 +108,13 @@ def run(compiled, sequences, *, anchors=WIDTH, seed=0):
     drafter, embed, head = model()
     key = jax.random.key(seed)
     return compiled(
-        drafter, jnp.asarray(embed), jnp.asarray(head), sequences, anchors_per_sequence=anchors, gamma=GAMMA, key=key
+        drafter,
+        jnp.asarray(embed),
+        jnp.asarray(head),
+        sequences,
+        anchors_per_sequence=anchors,
+        objective=Objective(gamma=GAMMA),
+        key=key,
     )
 
 

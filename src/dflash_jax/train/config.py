@@ -4,7 +4,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import jax.numpy as jnp
+
 from dflash_jax.core import InputError
+from dflash_jax.drafter import Compute
+from dflash_jax.train.loss import Denominator, Loss, Objective
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -37,8 +41,21 @@ class TrainConfig:
     """AdamW's decay of squared gradients; runs of a few hundred steps want 0.95."""
     clip_norm: float = 1.0
     """Gradients are scaled down to this global norm."""
+    loss: Loss = "cross-entropy"
+    """"cross-entropy" against the target's greedy token; "d-pace", the same weighed by how far a block is likely to be
+    accepted; "kl" from the target's distribution, of a cache built with --top-k."""
+    loss_denominator: Denominator = "weights"
+    """What the weighted loss is divided by: the sum of the "weights" (SpecForge) or the number of "labels"
+    (speculators)."""
     decay_gamma: float = 4.0
-    """Slot k weighs exp(-(k-1)/gamma) in the loss (paper: 4 for 8-slot blocks, 5 for 10, 7 for 16)."""
+    """Slot k weighs exp(-(k-1)/gamma) in the loss (paper: 4 for 8-slot blocks, 5 for 10, 7 for 16); not with d-pace."""
+    dpace_alpha: float = 0.5
+    """Smoothing of d-pace's probabilities: 1 makes every slot likely to be reached."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of activations and products. Weights, their gradients and all sums, norms, softmax and the loss stay float32."""
+    remat: bool = False
+    """Make a layer's activations again in the backward pass and do not keep them: less memory, about a third more
+    work in the drafter's layers."""
     checkpoint_every: int = 500
     """Steps between checkpoints; the last step is always kept."""
     keep_initial: bool = False
@@ -60,7 +77,7 @@ class TrainConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise InputError(f"--{name.replace('_', '-')} is {value}: a positive number is needed")
-        for name in ("learning_rate", "clip_norm", "decay_gamma"):
+        for name in ("learning_rate", "clip_norm"):
             if not getattr(self, name) > 0:
                 raise InputError(f"--{name.replace('_', '-')} is {getattr(self, name)}: a number above 0 is needed")
         if not 0 < self.adam_b2 < 1:
@@ -73,5 +90,22 @@ class TrainConfig:
             raise InputError(
                 f"--block-size is {self.block_size}: at least 2 are needed (the anchor and one drafted token)"
             )
-        if self.init not in ("target", "random"):
-            raise InputError(f"--init is {self.init!r}: choose target or random")
+        self._check_choices()
+
+    def _check_choices(self) -> None:
+        for name, choices in (("init", ("target", "random")), ("dtype", ("float32", "bfloat16"))):
+            if (value := getattr(self, name)) not in choices:
+                raise InputError(f"--{name} is {value!r}: choose {' or '.join(choices)}")
+        _ = self.objective  # which checks its own part
+
+    @property
+    def objective(self) -> Objective:
+        """What is minimised."""
+        return Objective(
+            loss=self.loss, denominator=self.loss_denominator, gamma=self.decay_gamma, alpha=self.dpace_alpha
+        )
+
+    @property
+    def compute(self) -> Compute:
+        """How the drafter is computed."""
+        return Compute(dtype=jnp.dtype(self.dtype), remat=self.remat)

@@ -17,7 +17,7 @@ from dflash_jax.train.checkpoint import RunFolder
 from dflash_jax.train.config import TrainConfig
 from dflash_jax.train.data import make_batches
 from dflash_jax.train.init import drafter_config, new_drafter
-from dflash_jax.train.step import StepResult, TrainState, learning_rate_schedule, make_step, new_state
+from dflash_jax.train.step import StepResult, TrainState, frozen_ends, learning_rate_schedule, make_step, new_state
 
 DEFAULT_BLOCK_SIZE = 8
 DEFAULT_NUM_LAYERS = 4
@@ -160,10 +160,11 @@ class _Loop:
             max_positions=target.config.max_positions,
             seed=config.seed,
         )
+        ends = frozen_ends(target.embed_tokens, target.head, config)
         pending: list[StepResult] = []
         started = last = time.perf_counter()
         for step in range(done, config.steps):
-            state, result = step_function(state, target.embed_tokens, target.head, batches(step))
+            state, result = step_function(state, *ends, batches(step))
             pending.append(result)
             is_checkpoint = (step + 1) % config.checkpoint_every == 0 or step + 1 == config.steps
             if is_checkpoint or len(pending) == FLUSH_EVERY:

@@ -65,6 +65,14 @@ class StepResult(eqx.Module):
     grad_norm: Float[Array, ""]
 
 
+def frozen_ends(
+    embed_tokens: Float[Array, "vocab hidden"], head: Float[Array, "vocab hidden"], config: TrainConfig
+) -> tuple[Float[Array, "vocab hidden"], Float[Array, "vocab hidden"]]:
+    """Return the target's embedding and head in the step's dtype: one array where they are tied."""
+    narrow = head.astype(config.dtype)
+    return (narrow if embed_tokens is head else embed_tokens.astype(config.dtype)), narrow
+
+
 def make_step(config: TrainConfig):  # noqa: ANN201  (a jitted function)
     """Return the compiled step `(state, embed_tokens, head, sequences) -> (state, StepResult)`; the state is donated.
 
@@ -86,8 +94,9 @@ def make_step(config: TrainConfig):  # noqa: ANN201  (a jitted function)
             head,
             sequences,
             anchors_per_sequence=config.anchors_per_sequence,
-            gamma=config.decay_gamma,
+            objective=config.objective,
             key=key,
+            compute=config.compute,
         )
         with jax.numpy_dtype_promotion("standard"):  # optax raises a float to its int32 count
             updates, moments = optimizer.update(gradient, state.optimizer, state.drafter)  # pyright: ignore[reportArgumentType]
