@@ -175,8 +175,9 @@ def test_bfloat16_products_have_float32_sums_and_bfloat16_gradients():
 
 
 def test_chunks_are_equal_and_within_the_limit():
-    # 64 blocks of 8 slots and 9 heads over 1024 rows: 73728 scores a block, so at most 28 blocks; three chunks of 22
-    assert anchors_per_chunk(64, block=8, heads=9, context=1024) == 22
+    # 64 blocks of 8 slots and 9 heads over 1024 rows: 73728 scores a block, so at most 28 blocks; four chunks of 16
+    assert anchors_per_chunk(64, block=8, heads=9, context=1024) == 16
+    assert anchors_per_chunk(67, block=8, heads=9, context=1024) == 23  # a prime: three chunks, filled up by two
     assert anchors_per_chunk(64, block=8, heads=9, context=64) == 64
     assert anchors_per_chunk(5, block=8, heads=64, context=10**6) == 1  # one block is the least
 

@@ -7,11 +7,13 @@ made. It imports `core` and, of libraries, only jax, equinox, numpy and jaxtypin
 from dflash_jax.nn.attention import causal_attention, prefill_attention, write_first_rows, write_rows
 from dflash_jax.nn.blocks import anchors_per_chunk, block_attention
 from dflash_jax.nn.head import (
+    VOCAB_CHUNK,
     LinearCrossEntropy,
     best_tokens,
     greedy_tokens,
     linear_cross_entropy,
     linear_soft_cross_entropy,
+    top_tokens,
 )
 from dflash_jax.nn.mlp import Linear, SwiGLU
 from dflash_jax.nn.moe import Experts, MoE, apply_experts
@@ -21,6 +23,7 @@ from dflash_jax.nn.rope_scaling import Llama3Scaling, RopeScaling, YarnScaling, 
 
 __all__ = [
     "MAX_POSITION",
+    "VOCAB_CHUNK",
     "Experts",
     "Linear",
     "LinearCrossEntropy",
@@ -45,6 +48,7 @@ __all__ = [
     "read_rope",
     "rope_cos_sin",
     "scaling_to_json",
+    "top_tokens",
     "write_first_rows",
     "write_rows",
 ]

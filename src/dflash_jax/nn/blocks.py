@@ -19,9 +19,16 @@ _MASKED = -1e30  # finite, so that a query that sees nothing gives zeros through
 
 
 def anchors_per_chunk(anchors: int, *, block: int, heads: int, context: int) -> int:
-    """Return how many blocks' scores exist at once: chunks of one size, within SCORES_PER_CHUNK where one block is."""
+    """Return how many blocks' scores exist at once, within SCORES_PER_CHUNK where one block's are.
+
+    The largest number that divides the anchors, unless it is less than half of the possible: then the last chunk is
+    filled up.
+    """
     most = max(1, SCORES_PER_CHUNK // max(1, block * heads * context))
-    return -(-anchors // -(-anchors // most)) if anchors else 1
+    if anchors <= most:
+        return max(1, anchors)
+    even = next(size for size in range(most, 0, -1) if anchors % size == 0)
+    return even if 2 * even > most else -(-anchors // -(-anchors // most))
 
 
 class _Blocks(NamedTuple):

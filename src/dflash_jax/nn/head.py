@@ -80,6 +80,38 @@ def greedy_tokens(hidden: Float[Array, "*rows hidden"], head: Float[Array, "voca
     return best_tokens(hidden, head)[1]
 
 
+def top_tokens(
+    hidden: Float[Array, "*rows hidden"], head: Float[Array, "vocab hidden"], *, count: int
+) -> tuple[Int32[Array, "*rows {count}"], Float[Array, "*rows {count}"]]:
+    """Return the likeliest tokens of `softmax(hidden @ head.T)` for every row, likeliest first, and log-probabilities.
+
+    Where some tie, the lower id comes first. Log-probabilities are float32, in nats, of the whole softmax.
+
+    Args:
+        hidden: rows after the model's final norm.
+        head: the vocabulary head, one row per token.
+        count: how many, at most the vocabulary.
+    """
+    flat = hidden.reshape(-1, hidden.shape[-1])
+    rows = flat.shape[0]
+
+    def step(carry, weights, first):  # noqa: ANN001, ANN202
+        scores, tokens, total = carry
+        logits = _logits(flat, weights)
+        best, index = lax.top_k(logits, min(count, weights.shape[0]))
+        # what is there already has lower ids, and of equal scores top_k takes the first
+        merged, place = lax.top_k(jnp.concatenate([scores, best], axis=-1), count)
+        tokens = jnp.concatenate([tokens, index.astype(jnp.int32) + first], axis=-1)
+        shrink = jnp.exp(scores[:, 0] - merged[:, 0])
+        total = total * shrink + jnp.exp(logits - merged[:, :1]).sum(axis=-1)
+        return merged, jnp.take_along_axis(tokens, place, axis=-1), total
+
+    start = jnp.full((rows, count), -jnp.inf, jnp.float32), jnp.zeros((rows, count), jnp.int32), jnp.zeros(rows)
+    scores, tokens, total = _fold_chunks(step, start, head)
+    logprobs = scores - scores[:, :1] - jnp.log(total)[:, None]
+    return tokens.reshape(*hidden.shape[:-1], count), logprobs.reshape(*hidden.shape[:-1], count)
+
+
 class LinearCrossEntropy(eqx.Module):
     """What the head says of every row.
 
