@@ -24,10 +24,6 @@ from dflash_jax.train import TrainConfig
         ({"spike_factor": -1.0}, r"--spike-factor is -1.0: a number from 0 up is needed"),
         ({"decay_ratio": 1.0}, r"--decay-ratio is 1.0: a share from 0 to below 1 is needed"),
         ({"dpace_alpha": -0.1}, r"--dpace-alpha is -0.1: a number from 0 to 1 is needed"),
-        ({"dtype": "float16"}, r"--dtype is 'float16': choose float32 or bfloat16"),
-        ({"optimizer": "sgd"}, r"--optimizer is 'sgd': choose adamw or muon"),
-        ({"schedule": "step"}, r"--schedule is 'step': choose cosine, wsd, linear or constant"),
-        ({"loss": "mse"}, r"--loss is 'mse': choose cross-entropy, d-pace or kl"),
         ({"block_size": 1}, r"--block-size is 1: at least 2 are needed \(the anchor and one drafted token\)"),
     ],
 )

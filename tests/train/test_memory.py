@@ -13,8 +13,6 @@ from dflash_jax.train.memory import num_parameters
 from dflash_jax.train.step import make_step, new_state
 from support import tiny, tiny_chain
 
-pytestmark = pytest.mark.slow
-
 SMOLLM2 = {
     "hidden_size": 576, "intermediate_size": 1536, "num_layers": 4, "num_heads": 9, "num_kv_heads": 3, "head_dim": 64,
     "block_size": 8, "capture_layers": (1, 10, 18, 27), "num_target_layers": 30, "vocab_size": 49152,
@@ -50,7 +48,7 @@ def by_xla(shape, config, *, width):
     return counted.argument_size_in_bytes + counted.temp_size_in_bytes + new
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture
 def full_compiles():
     """The room's tests let XLA try less; here it is asked what it would really do."""
     jax.config.update("jax_disable_most_optimizations", False)
@@ -58,6 +56,8 @@ def full_compiles():
     jax.config.update("jax_disable_most_optimizations", True)
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("full_compiles")
 @pytest.mark.parametrize(
     ("shape", "settings", "width"),
     [

@@ -34,7 +34,7 @@ def test_a_healthy_run_goes_on(losses):
 
 
 def test_the_same_with_the_watch_off():
-    assert troubles([2.0] * 100 + [50.0] * 20, factor=0) == [None] * 120
+    assert troubles([2.0] * 100 + [50.0] * 20, factor=0.0) == [None] * 120
 
 
 @pytest.mark.parametrize(("loss", "grad_norm"), [(float("nan"), 1.0), (float("inf"), 1.0), (1.0, float("nan"))])

@@ -12,19 +12,21 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int32
 
-# Scores over the context that one sequence has at once, float32: 8 MiB, which a CPU's caches still soften. Below one
-# block's worth it cannot go.
+# Scores over the context that one sequence has at once, float32: 8 MiB, which a CPU's caches still soften. An
+# accelerator, where launching a chunk costs as much as computing a small one, has 256 MiB of them.
 SCORES_PER_CHUNK = 2**21
+_ON_ACCELERATORS = 32
 _MASKED = -1e30  # finite, so that a query that sees nothing gives zeros through its zero weights and not NaN
 
 
 def anchors_per_chunk(anchors: int, *, block: int, heads: int, context: int) -> int:
-    """Return how many blocks' scores exist at once, within SCORES_PER_CHUNK where one block's are.
+    """Return how many blocks' scores exist at once on this backend: one block's at least.
 
     The largest number that divides the anchors, unless it is less than half of the possible: then the last chunk is
     filled up.
     """
-    most = max(1, SCORES_PER_CHUNK // max(1, block * heads * context))
+    scores = SCORES_PER_CHUNK * (1 if jax.default_backend() == "cpu" else _ON_ACCELERATORS)
+    most = max(1, scores // max(1, block * heads * context))
     if anchors <= most:
         return max(1, anchors)
     even = next(size for size in range(most, 0, -1) if anchors % size == 0)
