@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dflash_jax.nn import greedy_tokens, linear_cross_entropy
+from dflash_jax.nn import greedy_tokens, linear_cross_entropy, linear_soft_cross_entropy, top_tokens
 from dflash_jax.nn.head import DIRECT_LOGITS, VOCAB_CHUNK
 
 # two whole chunks and a rest, whole chunks only, less than a chunk
@@ -88,8 +88,8 @@ def test_cross_entropy_and_its_gradient(vocab, scale):
     np.testing.assert_allclose(result.loss, loss, rtol=0, atol=4e-7 * np.abs(loss).max())
     want = gradient * weights[:, None]
     np.testing.assert_allclose(got, want, rtol=0, atol=5e-6 * np.abs(want).max())
-    assert result.correct.tolist() == (best == labels).tolist()
-    assert 3 <= result.correct.sum() < len(labels)
+    assert result.tokens.tolist() == best.tolist()
+    assert 3 <= (result.tokens == labels).sum() < len(labels)
 
 
 def test_the_gradient_is_jaxs_of_the_plain_loss():
@@ -110,16 +110,57 @@ def test_by_hand():
     labels = jnp.array([0, 1], jnp.int32)
     result = cross_entropy(hidden, head, labels)
     np.testing.assert_allclose(result.loss, [math.log(4), math.log(4 / 3)], rtol=1e-6)
-    assert result.correct.tolist() == [False, True]
+    assert result.tokens.tolist() == [1, 1]
     gradient = jax.jit(jax.grad(lambda h: linear_cross_entropy(h, head, labels).loss.sum()))(hidden)
     ln3 = math.log(3.0)
     np.testing.assert_allclose(gradient, [[0.75 * ln3, -0.75], [-0.25 * ln3, 0.25]], rtol=1e-6)
 
 
-def test_a_tied_label_is_correct_only_when_it_is_the_lowest():
+def test_the_lowest_of_tied_tokens_is_the_argmax():
     head = jnp.asarray(np.repeat([[1.0]], VOCAB_CHUNK + 3, axis=0), jnp.float32)
     labels = jnp.array([0, 1, VOCAB_CHUNK], jnp.int32)
-    assert cross_entropy(jnp.ones((3, 1)), head, labels).correct.tolist() == [True, False, False]
+    assert cross_entropy(jnp.ones((3, 1)), head, labels).tokens.tolist() == [0, 0, 0]
+
+
+@pytest.mark.parametrize("vocab", VOCABS)
+def test_soft_labels_are_a_weighted_sum_of_hard_ones(vocab):
+    x, head, _ = cross_entropy_inputs(vocab)
+    draw = np.random.default_rng(3)
+    ids = np.array([draw.choice(vocab, 4, replace=False) for _ in x], np.int32)
+    shares = draw.dirichlet(np.ones(4), len(x)).astype(np.float32)
+    parts = [reference(x, head, ids[:, i]) for i in range(4)]
+    loss, gradient = (
+        sum(shares[:, i].reshape(-1, *[1] * (parts[i][p].ndim - 1)) * parts[i][p] for i in range(4)) for p in (0, 2)
+    )
+    weights = np.linspace(-1.0, 2.0, len(x), dtype=np.float32)
+
+    @jax.jit
+    @partial(jax.value_and_grad, has_aux=True)
+    def run(x):
+        result = linear_soft_cross_entropy(x, jnp.asarray(head), jnp.asarray(ids), jnp.asarray(shares))
+        return jnp.sum(result.loss * weights), result
+
+    (_, result), got = run(jnp.asarray(x))
+    np.testing.assert_allclose(result.loss, loss, rtol=0, atol=1e-6 * np.abs(loss).max())
+    want = gradient * weights[:, None]
+    np.testing.assert_allclose(got, want, rtol=0, atol=5e-6 * np.abs(want).max())
+
+
+@pytest.mark.parametrize(("vocab", "count"), [(VOCABS[0], 5), (61, 61)])
+def test_top_tokens_are_a_sorted_softmaxs_first(vocab, count):
+    x, head, _ = cross_entropy_inputs(vocab)
+    logits = x.astype(np.float64) @ head.astype(np.float64).T
+    logprobs = logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
+    ids, got = jax.jit(top_tokens, static_argnames="count")(jnp.asarray(x)[:, None], jnp.asarray(head), count=count)
+    want = np.argsort(-logits, axis=-1, kind="stable")[:, :count]
+    np.testing.assert_array_equal(ids[:, 0], want)
+    np.testing.assert_allclose(got[:, 0], np.take_along_axis(logprobs, want, axis=-1), atol=1e-5)
+
+
+def test_of_tied_top_tokens_the_lower_comes_first():
+    ids, logprobs = top_tokens(jnp.ones((1, 2)), jnp.asarray(np.ones((2 * VOCAB_CHUNK, 2), np.float32)), count=3)
+    assert ids.tolist() == [[0, 1, 2]]
+    np.testing.assert_allclose(logprobs, -math.log(2 * VOCAB_CHUNK), rtol=1e-6)
 
 
 def test_the_head_is_frozen():

@@ -1,3 +1,4 @@
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -39,6 +40,31 @@ def test_linear_by_hand():
     with_bias = Linear(weight=weight, bias=jnp.array([0.5, -0.5]))
     assert with_bias(jnp.array([1.0, 10.0, 100.0])).tolist() == [321.5, 489.5]
     assert with_bias(jnp.array([[[1.0, 0.0, 0.0], [0.0, 0.0, 0.0]]])).tolist() == [[[1.5, -0.5], [0.5, -0.5]]]
+
+
+def test_weights_wider_than_the_rows_have_gradients_that_were_never_narrow():
+    draw = np.random.default_rng(0)
+    x = jnp.asarray(draw.normal(size=(2, 30, 8)), jnp.bfloat16)
+    layer = Linear(weight=jnp.asarray(draw.normal(size=(5, 8)), jnp.float32), bias=jnp.ones(5))
+    norm = RMSNorm(weight=jnp.asarray(draw.uniform(0.5, 1.5, 8), jnp.float32), eps=1e-5)
+    # bfloat16 holds small whole numbers, so that the cotangent is exact
+    cotangent = jnp.asarray(draw.integers(-3, 4, (2, 30, 5)), jnp.bfloat16)
+
+    @jax.jit
+    def slopes(layer, norm, x):
+        (out, normed), back = jax.vjp(lambda layer, norm, x: (layer(x), norm(x)), layer, norm, x)
+        return out, normed, back((cotangent, jnp.ones_like(normed)))
+
+    out, normed, (of_layer, of_norm, of_x) = slopes(layer, norm, x)
+    assert (out.dtype, normed.dtype, of_x.dtype) == (jnp.bfloat16,) * 3
+    rows, slope = (np.asarray(part, np.float64).reshape(60, -1) for part in (x, cotangent))
+    # exact products of bfloat16, summed in float32: 60 of them
+    np.testing.assert_allclose(of_layer.weight, slope.T @ rows, rtol=0, atol=2e-5)
+    np.testing.assert_array_equal(of_layer.bias, slope.sum(axis=0))
+    scaled = rows / np.sqrt((rows**2).mean(axis=1, keepdims=True) + 1e-5)
+    np.testing.assert_allclose(of_norm.weight, scaled.sum(axis=0), rtol=0, atol=2e-5)
+    want = rows @ np.asarray(layer.weight.astype(jnp.bfloat16), np.float64).T + 1
+    np.testing.assert_allclose(np.asarray(out, np.float64).reshape(60, 5), want, atol=0.05)
 
 
 def test_swiglu_by_hand():

@@ -40,7 +40,7 @@ def make_cache(folder, target, texts, *, max_new_tokens=24, **settings):
     return build_cache(folder / "cache", target, responses, **settings)
 
 
-def build_cache(out, target, responses, *, position_offsets=(0,)):
+def build_cache(out, target, responses, *, position_offsets=(0,), top_k=0):
     """A cache of responses that are there already, with float32 features; returns it."""
     config = CacheBuildConfig(
         target=target,
@@ -49,6 +49,7 @@ def build_cache(out, target, responses, *, position_offsets=(0,)):
         capture_layers=tiny.CAPTURE_LAYERS,
         position_offsets=position_offsets,
         features="float32",
+        top_k=top_k,
     )
     build(config, fingerprint=targets.fingerprint(target) | text.load_tokenizer(target).fingerprint())
     return out

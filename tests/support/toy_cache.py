@@ -11,6 +11,7 @@ import shutil
 import signal
 import sys
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -110,6 +111,18 @@ class ToyCapture:
         return self._captured(features[rows, places], next_ids[rows, places])
 
     def _captured(self, features, next_ids):
+        return replace(self._without_top(features, next_ids), **self._top(next_ids))
+
+    def _top(self, next_ids):
+        """The greedy token and those after it, half as likely each."""
+        if not self.layout.top_k:
+            return {}
+        places = np.arange(self.layout.top_k)
+        logprobs = np.broadcast_to(-(places + 1) * np.log(2), (*next_ids.shape, len(places)))
+        ids = (next_ids[..., None] + places) % VOCAB
+        return {"top_ids": ids.astype(np.int32), "top_logprobs": logprobs.astype(np.float16)}
+
+    def _without_top(self, features, next_ids):
         if not self.layout.quantised:  # without jax, whose start would take most of the time of a build that is killed
             scales = np.zeros((*next_ids.shape, 0), ml_dtypes.bfloat16)
             return Captured(features=features.astype(self.layout.numpy_dtype), feature_scales=scales, next_ids=next_ids)

@@ -21,6 +21,9 @@ from dflash_jax.train import TrainConfig
         ({"warmup_ratio": 1.0}, r"--warmup-ratio is 1.0: a share from 0 to below 1 is needed"),
         ({"warmup_ratio": -0.1}, r"--warmup-ratio is -0.1: a share from 0 to below 1 is needed"),
         ({"weight_decay": -0.1}, r"--weight-decay is -0.1: a number from 0 up is needed"),
+        ({"spike_factor": -1.0}, r"--spike-factor is -1.0: a number from 0 up is needed"),
+        ({"decay_ratio": 1.0}, r"--decay-ratio is 1.0: a share from 0 to below 1 is needed"),
+        ({"dpace_alpha": -0.1}, r"--dpace-alpha is -0.1: a number from 0 to 1 is needed"),
         ({"block_size": 1}, r"--block-size is 1: at least 2 are needed \(the anchor and one drafted token\)"),
     ],
 )

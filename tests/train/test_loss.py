@@ -1,4 +1,5 @@
 import functools
+from dataclasses import replace
 
 import equinox as eqx
 import jax
@@ -6,14 +7,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dflash_jax.drafter import StoredSequence, drafter_shapes
-from dflash_jax.train.loss import block_loss, draw_anchors, slot_weights
+from dflash_jax.core import InputError
+from dflash_jax.drafter import Compute, StoredSequence, draft_blocks, drafter_shapes
+from dflash_jax.train.loss import Objective, block_loss, dpace_weights, draw_anchors, slot_weights
 from oracles import loss as oracle
 from support import tiny
 
 GAMMA = 2.5
 WIDTH = 16
 VOCAB, HIDDEN, FEATURES = len(tiny.TOKENS), 24, 48
+TOP = 6
+OBJECTIVE = Objective(gamma=GAMMA)
 CONFIG = tiny.tiny_drafter_config()
 
 
@@ -56,9 +60,13 @@ def rows():
         for at in departures:
             token_ids[at] = (token_ids[at] + 1) % VOCAB
         features = draw.normal(0, 1, (length, FEATURES)).astype(np.float32)
+        # the greedy token and five others, with half of the mass on tokens that are not stored
+        top_ids = (np.array(next_ids)[:, None] + np.arange(TOP) * 7) % VOCAB
+        logprobs = np.sort(np.log(draw.dirichlet(np.ones(TOP), length) / 2), axis=1)[:, ::-1]
         return oracle.Row(
             features=features, token_ids=token_ids, next_ids=next_ids, prompt_len=prompt_len,
-            limit=prompt_len + budget, position_offset=offset,
+            limit=prompt_len + budget, position_offset=offset, top_ids=top_ids,
+            top_logprobs=logprobs.astype(np.float16),
         )  # fmt: skip
 
     return [
@@ -86,6 +94,8 @@ def stack(some, *, width, fill=0.0):
         prompt_len=numbers("prompt_len"),
         limit=numbers("limit"),
         position_offset=numbers("position_offset"),
+        top_ids=jnp.array([padded(row.top_ids, np.int32) for row in some]),
+        top_logprobs=jnp.array([padded(row.top_logprobs, np.float16) for row in some]),
     )
 
 
@@ -97,23 +107,24 @@ def model():
     return tiny.random_drafter(CONFIG), embed, head
 
 
-loss_alone = jax.jit(block_loss, static_argnames=("anchors_per_sequence", "gamma"))
-loss_and_gradient = jax.jit(
-    jax.value_and_grad(block_loss, has_aux=True), static_argnames=("anchors_per_sequence", "gamma")
-)
+STATIC = ("anchors_per_sequence", "objective", "compute")
+loss_alone = jax.jit(block_loss, static_argnames=STATIC)
+loss_and_gradient = jax.jit(jax.value_and_grad(block_loss, has_aux=True), static_argnames=STATIC)
 
 
-def run(compiled, sequences, *, anchors=WIDTH, seed=0):
+def run(compiled, sequences, *, anchors=WIDTH, seed=0, objective=OBJECTIVE, **settings):
     """Loss, statistics and gradient where there is one; as it stands, with every eligible anchor drawn."""
     drafter, embed, head = model()
     key = jax.random.key(seed)
+    dtype = settings["compute"].dtype if settings else jnp.float32
     return compiled(
-        drafter, jnp.asarray(embed), jnp.asarray(head), sequences, anchors_per_sequence=anchors, gamma=GAMMA, key=key
-    )
+        drafter, jnp.asarray(embed, dtype), jnp.asarray(head, dtype), sequences, anchors_per_sequence=anchors,
+        objective=objective, key=key, **settings,
+    )  # fmt: skip
 
 
-def all_anchors(sequences, seed=0):
-    (loss, statistics), gradient = run(loss_and_gradient, sequences, seed=seed)
+def all_anchors(sequences, seed=0, **settings):
+    (loss, statistics), gradient = run(loss_and_gradient, sequences, seed=seed, **settings)
     return float(loss), statistics, gradient
 
 
@@ -122,9 +133,15 @@ def as_float64(drafter):
     return {name: np.asarray(leaf, np.float64) for name, leaf in zip(drafter_shapes(CONFIG), leaves, strict=True)}
 
 
-def in_float64(weights, some):
+def in_float64(weights, some, **settings):
     embed, head = (part.astype(np.float64) for part in model()[1:])
-    return oracle.block_loss(weights, CONFIG.to_json(dtype="float32"), embed, head, some, gamma=GAMMA)
+    return oracle.block_loss(weights, CONFIG.to_json(dtype="float32"), embed, head, some, gamma=GAMMA, **settings)
+
+
+OBJECTIVES = [
+    ("cross-entropy", "weights"), ("cross-entropy", "labels"), ("d-pace", "weights"), ("d-pace", "labels"),
+    ("kl", "weights"), ("kl", "labels"),
+]  # fmt: skip
 
 
 def test_loss_and_statistics_are_those_of_a_plain_loop():
@@ -138,20 +155,89 @@ def test_loss_and_statistics_are_those_of_a_plain_loop():
     assert statistics.accuracy == pytest.approx(sum(wanted.hits) / sum(wanted.counts))
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_gradient_is_the_slope_of_the_plain_loop(seed):
-    _, _, gradient = all_anchors(stack(rows(), width=WIDTH))
+@pytest.mark.parametrize(("kind", "denominator"), OBJECTIVES)
+def test_every_loss_and_its_gradient_are_those_of_the_plain_loop(kind, denominator):
+    objective = Objective(loss=kind, denominator=denominator, gamma=GAMMA)
+    loss, statistics, gradient = all_anchors(stack(rows(), width=WIDTH), objective=objective)
     weights, gradient = as_float64(model()[0]), as_float64(gradient)
-    draw = np.random.default_rng(seed)
+    settings = {"kind": kind, "denominator": denominator}
+    wanted = in_float64(weights, rows(), **settings)
+    assert loss == pytest.approx(wanted.loss, rel=2e-6)
+    assert statistics.accuracy_by_slot == pytest.approx(np.divide(wanted.hits, wanted.counts))
+    if kind == "d-pace":  # its weights are constants: the slope is that of the sum with the weights as they are here
+        ends = (part.astype(np.float64) for part in model()[1:])
+        config = CONFIG.to_json(dtype="float32")
+        settings["slot_weights"] = oracle.all_dpace_weights(weights, config, *ends, rows())
+    draw = np.random.default_rng(len(kind))
     direction = {name: draw.normal(0, 1, value.shape) for name, value in weights.items()}
     step = 1e-5
 
     def moved(sign):
-        return in_float64({n: w + sign * step * direction[n] for n, w in weights.items()}, rows()).loss
+        return in_float64({n: w + sign * step * direction[n] for n, w in weights.items()}, rows(), **settings).loss
 
     slope = (moved(1) - moved(-1)) / (2 * step)
     along = sum((gradient[name] * direction[name]).sum() for name in weights)
     assert along == pytest.approx(slope, rel=1e-4)
+
+
+def test_dpace_weights_by_hand():
+    got = dpace_weights(jnp.array([[1.0, 0.5, 0.0]] * 2), jnp.array([[True, True, True], [True, False, True]]), 0.5)
+    # s = 1, 0.75, 0.5, products 1, 0.75, 0.375; where slot 2 has no label its s is 1 and its weight 0
+    np.testing.assert_allclose(got, [[2.125, 1.125, 0.375], [1.5, 0.0, 0.5]], rtol=1e-6)
+    # alpha 1: every slot is reached, and weighs as many slots as come with it
+    assert dpace_weights(jnp.zeros((1, 3)), jnp.ones((1, 3), bool), 1.0).tolist() == [[3.0, 2.0, 1.0]]
+
+
+def test_kl_is_zero_where_the_drafter_has_the_targets_distribution():
+    """With every token stored, of a target whose logits are the drafter's own."""
+    drafter, embed, head = model()
+    sequences = stack(rows(), width=WIDTH)
+    objective = Objective(loss="kl", gamma=GAMMA)
+    # one anchor per sequence sees one label: the drafter's own distribution there is put into the cache
+    one = eqx.tree_at(
+        lambda s: (s.prompt_len, s.length), sequences, (jnp.full(3, 3, jnp.int32), jnp.full(3, 5, jnp.int32))
+    )
+    hidden = draft_blocks(
+        drafter, jnp.asarray(embed), one.features, one.token_ids, jnp.full((3, 1), 3, jnp.int32),
+        block_lengths=jnp.full((3, 1), 2, jnp.int32), block_size=CONFIG.block_size, position_offset=one.position_offset,
+    )  # fmt: skip
+    logprobs = jax.nn.log_softmax(hidden[:, 0, 1] @ jnp.asarray(head).T)
+    every = jnp.broadcast_to(jnp.arange(VOCAB, dtype=jnp.int32), (3, WIDTH, VOCAB))
+    own = replace(
+        one, limit=jnp.full(3, 5, jnp.int32), top_ids=every, top_logprobs=jnp.repeat(logprobs[:, None], WIDTH, axis=1)
+    )
+    loss, statistics, gradient = all_anchors(own, objective=objective)
+    assert statistics.num_labels == 3
+    assert loss == pytest.approx(0.0, abs=1e-5)
+    assert max(float(jnp.abs(leaf).max()) for leaf in jax.tree_util.tree_leaves(gradient)) < 1e-4
+
+
+def test_remat_gives_the_same_gradient():
+    plain = all_anchors(stack(rows(), width=WIDTH), compute=Compute(dtype=jnp.dtype("float32")))
+    again = all_anchors(stack(rows(), width=WIDTH), compute=Compute(dtype=jnp.dtype("float32"), remat=True))
+    assert again[0] == pytest.approx(plain[0], rel=1e-6)
+    for ours, theirs in zip(jax.tree_util.tree_leaves(again[2]), jax.tree_util.tree_leaves(plain[2]), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
+def test_bfloat16_has_float32_loss_and_gradients_near_the_exact_ones():
+    exact, _, wanted = all_anchors(stack(rows(), width=WIDTH))
+    loss, statistics, gradient = all_anchors(stack(rows(), width=WIDTH), compute=Compute(dtype=jnp.dtype("bfloat16")))
+    assert statistics.loss.dtype == jnp.float32
+    assert 0 < abs(loss - exact) < 0.03 * exact
+    ours, theirs = (
+        np.concatenate([np.asarray(leaf).ravel() for leaf in jax.tree_util.tree_leaves(tree)])
+        for tree in (gradient, wanted)
+    )
+    assert ours.dtype == np.float32
+    assert ours @ theirs / np.linalg.norm(ours) / np.linalg.norm(theirs) > 0.995
+    # a gradient that was rounded to bfloat16 anywhere on its last way has 16 zero bits
+    assert (gradient.fc.weight.view(jnp.uint32) & 0xFFFF).any()
+
+
+def test_an_alpha_that_is_no_share_is_named():
+    with pytest.raises(InputError, match=r"^--dpace-alpha is 1.5: a number from 0 to 1 is needed$"):
+        Objective(alpha=1.5)
 
 
 def test_padding_changes_nothing():

@@ -133,21 +133,21 @@ def test_damaged_state_is_named_and_the_one_before_serves(tmp_path, target_folde
 
 def test_one_prompt_is_learned_by_heart(tmp_path, target_folder):
     text = tiny.TEXTS[1]
-    cache = tiny_chain.make_cache(tmp_path / "chain", target_folder, [text])
+    cache = tiny_chain.make_cache(tmp_path / "chain", target_folder, [text], max_new_tokens=25)
     config = tiny_chain.train_config(
-        target_folder, cache, tmp_path / "run", steps=200, learning_rate=1e-2, num_layers=1,
+        target_folder, cache, tmp_path / "run", steps=200, learning_rate=1e-2, num_layers=1, block_size=8,
         anchors_per_sequence=30, sequences_per_step=1, checkpoint_every=200,
     )  # fmt: skip
     said = train(config)
     assert said["accuracy"] == 1.0
     drafter = tmp_path / "run" / "run-200"
     checked = check(CheckConfig(target=target_folder, cache=cache, drafter=drafter))
-    assert checked["accept_len_mean"] == 4.0
+    assert (checked["accept_len_mean"], checked["accept_len_p50"]) == (7.0, 7.0)
     tokenizer = load_tokenizer(target_folder)
-    decoder = Decoder(load_target(target_folder), stop_ids=tokenizer.stop_ids, max_new_tokens=24, batch_size=1)
-    # 24 tokens: one from the prompt's own pass, 23 in blocks of 5
+    decoder = Decoder(load_target(target_folder), stop_ids=tokenizer.stop_ids, max_new_tokens=25, batch_size=1)
+    # 25 tokens: one from the prompt's own pass, 24 in blocks of 8: tau 8
     decoded = decoder.decode([tokenizer.encode(text)], drafter=load_drafter(drafter)).rows[0]
-    assert decoded.committed == [5, 5, 5, 5, 3]
+    assert decoded.committed == [8, 8, 8]
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, target_folder, cache):

@@ -1,6 +1,7 @@
 """The command, end to end on the tiny target."""
 
 import json
+import re
 import shutil
 
 import numpy as np
@@ -55,6 +56,36 @@ def test_records(run, cache):
         assert (record["step"], record["trained_prompt_hashes"]) == (step, wanted)
         assert record["command"] == "train"
     assert len(hashes) == len(tiny.TEXTS)
+
+
+def test_kl_wants_a_cache_with_the_targets_distribution(tmp_path, target_folder, cache):
+    config = tiny_chain.train_config(target_folder, cache, tmp_path / "run", loss="kl")
+    message = (
+        f"--loss kl needs the target's distribution, which the cache {cache} does not have: build one with "
+        "`cache build --top-k 32`"
+    )
+    with pytest.raises(InputError, match=f"^{re.escape(message)}$"):
+        train(config)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_kl_d_pace_muon_and_bfloat16_learn_too(tmp_path, target_folder):
+    cache = tiny_chain.make_cache(tmp_path / "chain", target_folder, tiny.TEXTS[:2], top_k=8)
+    for name, settings in {
+        "kl": {"loss": "kl", "remat": True},
+        "d-pace": {"loss": "d-pace", "loss_denominator": "labels", "optimizer": "muon", "schedule": "wsd"},
+        "bfloat16": {"dtype": "bfloat16", "schedule": "constant"},
+    }.items():
+        config = tiny_chain.train_config(
+            target_folder, cache, tmp_path / name, steps=40, num_layers=1, learning_rate=1e-2, checkpoint_every=40,
+            **settings,
+        )  # fmt: skip
+        train(config)
+        losses = [row["loss"] for row in rows_of(tmp_path / name)]
+        assert np.mean(losses[-5:]) < 0.6 * np.mean(losses[:5]), name
+        weights = load_tensors(tmp_path / name / "run-40" / "model.safetensors", what="weights")
+        assert {str(value.dtype) for value in weights.values()} == {"float32"}
 
 
 def test_curve(run):

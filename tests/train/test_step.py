@@ -11,7 +11,8 @@ import pytest
 from dflash_jax.drafter import StoredSequence
 from dflash_jax.targets import load_target
 from dflash_jax.train.init import drafter_config, new_drafter
-from dflash_jax.train.step import learning_rate_schedule, make_step, new_state
+from dflash_jax.train.optimizer import learning_rate_schedule
+from dflash_jax.train.step import make_step, new_state
 from support import tiny, tiny_chain
 
 

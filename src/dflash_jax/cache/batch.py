@@ -56,6 +56,8 @@ class HostBatch:
         prompt_len: tokens of the prompt.
         limit: most tokens decoding would have allowed, prompt included.
         position_offset: absolute position of token 0.
+        top_ids: the target's likeliest tokens after each token; None where the cache has none.
+        top_logprobs: their log-probabilities, nats.
     """
 
     features: Shaped[np.ndarray, "batch seq features"]
@@ -67,6 +69,8 @@ class HostBatch:
     prompt_len: Int32[np.ndarray, " batch"]
     limit: Int32[np.ndarray, " batch"]
     position_offset: Int32[np.ndarray, " batch"]
+    top_ids: Int32[np.ndarray, "batch seq top"] | None = None
+    top_logprobs: Float[np.ndarray, "batch seq top"] | None = None
 
 
 def _take(num_bytes: int) -> _Buffer:
@@ -109,6 +113,20 @@ def _stack_features(
     return batch
 
 
+def _stack_tops(
+    sequences: SequenceOf[Sequence], width: int
+) -> tuple[Int32[np.ndarray, "batch seq top"] | None, Float[np.ndarray, "batch seq top"] | None]:
+    """The likeliest tokens and their log-probabilities side by side, zeros after each."""
+    if sequences[0].top_ids is None:
+        return None, None
+    shape = (len(sequences), width, sequences[0].top_ids.shape[1])
+    ids, logprobs = np.zeros(shape, np.int32), np.zeros(shape, np.float16)
+    for row, sequence in enumerate(sequences):
+        length = len(sequence.token_ids)
+        ids[row, :length], logprobs[row, :length] = sequence.top_ids, sequence.top_logprobs
+    return ids, logprobs
+
+
 def stack_on_host(sequences: SequenceOf[Sequence], *, width: int, max_new_tokens: int | None) -> HostBatch:
     """Return sequences side by side in host memory: every stored byte is copied once, from the mapped file to its row.
 
@@ -127,6 +145,7 @@ def stack_on_host(sequences: SequenceOf[Sequence], *, width: int, max_new_tokens
         token_ids[row, :length], next_ids[row, :length] = sequence.token_ids, sequence.next_ids
     prompt_len = np.array([sequence.prompt_len for sequence in sequences], np.int32)
     limit = np.full(rows, np.iinfo(np.int32).max, np.int32) if max_new_tokens is None else prompt_len + max_new_tokens
+    top_ids, top_logprobs = _stack_tops(sequences, width)
     return HostBatch(
         features=features,
         feature_scales=_stack_features(scales, width) if scales else None,
@@ -137,6 +156,8 @@ def stack_on_host(sequences: SequenceOf[Sequence], *, width: int, max_new_tokens
         prompt_len=prompt_len,
         limit=limit.astype(np.int32),
         position_offset=np.array([sequence.position_offset for sequence in sequences], np.int32),
+        top_ids=top_ids,
+        top_logprobs=top_logprobs,
     )
 
 
@@ -160,4 +181,6 @@ def stack_sequences(sequences: SequenceOf[Sequence], *, width: int, max_new_toke
         prompt_len=jax.device_put(host.prompt_len),
         limit=jax.device_put(host.limit),
         position_offset=jax.device_put(host.position_offset),
+        top_ids=None if host.top_ids is None else jax.device_put(host.top_ids),
+        top_logprobs=None if host.top_logprobs is None else jax.device_put(host.top_logprobs),
     )

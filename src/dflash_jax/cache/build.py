@@ -99,8 +99,13 @@ def plan_sequences(config: CacheBuildConfig, target: TargetConfig, responses: Re
         responses: the texts; only their lengths and prompt hashes count.
 
     Raises:
-        InputError: an offset that is too high for the longest sequence; more than 100000 shards.
+        InputError: an offset that is too high for the longest sequence; a top_k above the vocabulary; more than 100000
+            shards.
     """
+    if config.top_k > target.vocab_size:
+        raise InputError(
+            f"--top-k is {config.top_k}, the target {config.target} has {target.vocab_size} tokens: lower it"
+        )
     longest = int(responses.lengths.max())
     if max(config.position_offsets) + longest > MAX_POSITION:
         raise InputError(
@@ -155,6 +160,7 @@ def new_manifest(plan: BuildPlan, fingerprint: dict[str, Any]) -> dict[str, Any]
         "capture_layers": layers,
         "position_offsets": list(config.position_offsets),
         "features_dtype": config.features,
+        **({"top_k": config.top_k} if config.top_k else {}),
         "prompt_sets": list(responses.prompt_sets),
         "max_new_tokens": responses.max_new_tokens,
         "max_length": int(responses.lengths.max()),

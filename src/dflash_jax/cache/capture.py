@@ -8,6 +8,7 @@ from typing import Any
 
 import equinox as eqx
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int32, Shaped
@@ -17,6 +18,7 @@ from dflash_jax.cache.features import FeatureLayout, store_features
 from dflash_jax.cache.forward import Captured
 from dflash_jax.cache.selftest import Findings, require, self_test
 from dflash_jax.core import mesh_shape
+from dflash_jax.nn import top_tokens
 from dflash_jax.targets import (
     KVCache,
     Target,
@@ -35,13 +37,22 @@ from dflash_jax.targets import (
 from dflash_jax.text import load_tokenizer
 
 Stored = tuple[
-    Shaped[Array, "batch seq features"], Float[Array, "batch seq scales"], Int32[Array, "batch seq"], KVCache | None
+    Shaped[Array, "batch seq features"],
+    Float[Array, "batch seq scales"],
+    Int32[Array, "batch seq"],
+    Int32[Array, "batch seq top"] | None,
+    Float[Array, "batch seq top"] | None,
+    KVCache | None,
 ]
 
 
 def _store(target: Target, output: TargetOutput, layout: FeatureLayout, *, keep: bool) -> Stored:
     stored, scales = store_features(output.features, layout)
-    return stored, scales, next_ids(target, output.hidden), output.kv if keep else None
+    kv = output.kv if keep else None
+    if not layout.top_k:
+        return stored, scales, next_ids(target, output.hidden), None, None, kv
+    ids, logprobs = top_tokens(output.hidden, target.head, count=layout.top_k)
+    return stored, scales, ids[..., 0], ids, logprobs.astype(jnp.float16), kv
 
 
 @eqx.filter_jit
@@ -54,7 +65,7 @@ def _start(
     layout: FeatureLayout,
     keep: bool,
 ) -> Stored:
-    """Features as they are stored, and next_ids, of a padded batch. One compile per shape."""
+    """Features as they are stored, next_ids and likeliest tokens, of a padded batch. One compile per shape."""
     output = prefill(target, tokens, lengths=lengths, position_offset=position_offset, capture_layers=capture_layers)
     return _store(target, output, layout, keep=keep)
 
@@ -142,8 +153,12 @@ class TargetCapture:
 
 def _captured(results: list[Any], rows: int) -> Captured:
     """The first rows of a forward's results."""
-    features, scales, labels = (array if len(array) == rows else array[:rows] for array in results)
-    return Captured(features=features, feature_scales=scales, next_ids=labels)
+    features, scales, labels, top_ids, top_logprobs = (
+        array if array is None or len(array) == rows else array[:rows] for array in results
+    )
+    return Captured(
+        features=features, feature_scales=scales, next_ids=labels, top_ids=top_ids, top_logprobs=top_logprobs
+    )
 
 
 def target_capture(config: CacheBuildConfig, target: TargetConfig, *, mesh: Mesh | None) -> TargetCapture:

@@ -7,6 +7,7 @@ from dflash_jax.cache.features import FEATURES_DTYPES, FeatureLayout, FeaturesDt
 from dflash_jax.core import InputError, parse_mesh
 from dflash_jax.nn import check_rope_precision
 
+MAX_TOP_K = 1024  # 6 KiB a token, more than the features of most targets
 MAX_POSITION = 2**31 - 1  # positions are int32 on disk and on the device
 
 
@@ -26,6 +27,8 @@ class CacheBuildConfig:
     """Absolute positions of a sequence's first token; every sequence is captured at each of them."""
     features: FeaturesDtype = "bfloat16"
     """How a feature is stored; int8 and float8 have scales per token and take about half of bfloat16's bytes."""
+    top_k: int = 0
+    """Likeliest tokens of the target stored after each token, with their log-probabilities, for `train --loss kl`."""
     mesh: str = "data=1"
     """Devices to split the target over, such as data=2,model=4 (axes: data, expert, model); default: one device."""
     rope: str = "exact"
@@ -54,6 +57,8 @@ class CacheBuildConfig:
             )
         if self.features not in FEATURES_DTYPES:
             raise InputError(f"--features is {self.features!r}: choose one of {', '.join(FEATURES_DTYPES)}")
+        if not 0 <= self.top_k <= MAX_TOP_K:
+            raise InputError(f"--top-k is {self.top_k}: a number from 0 to {MAX_TOP_K} is needed")
         index, count = self.process_index, self.process_count
         if (index is None) != (count is None) or (count is not None and not 0 <= (index or 0) < count):
             raise InputError(
@@ -68,7 +73,9 @@ class CacheBuildConfig:
     def feature_layout(self, hidden_size: int) -> FeatureLayout:
         """Return how features are stored; the capture layers must be resolved."""
         assert self.capture_layers is not None
-        return FeatureLayout(num_layers=len(self.capture_layers), hidden_size=hidden_size, dtype=self.features)
+        return FeatureLayout(
+            num_layers=len(self.capture_layers), hidden_size=hidden_size, dtype=self.features, top_k=self.top_k
+        )
 
 
 def _commas(numbers: tuple[int, ...]) -> str:

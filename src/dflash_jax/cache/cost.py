@@ -66,6 +66,8 @@ class CacheCostConfig:
     """See `cache build`."""
     features: FeaturesDtype = "bfloat16"
     """See `cache build`."""
+    top_k: int = 0
+    """See `cache build`."""
     mesh: str = "data=1"
     """See `cache build`; with --device, devices that need not be here."""
     rope: str = "exact"
@@ -129,7 +131,8 @@ def _bytes(plan: BuildPlan) -> dict[str, Any]:
         total += shard_bytes(layout)
         parts.update(tensor_bytes(layout))
     scales = {"feature_scales": parts["feature_scales"]} if "feature_scales" in parts else {}
-    known = {"features": parts["features"], **scales}
+    tops = {"top_ids_top_logprobs": parts["top_ids"] + parts["top_logprobs"]} if "top_ids" in parts else {}
+    known = {"features": parts["features"], **scales, **tops}
     tokens = sum(parts[name] for name in ("token_ids", "next_ids", "loss_mask"))
     rest = total - sum(known.values()) - tokens
     return {"total": total, **known, "token_ids_next_ids_loss_mask": tokens, "per_sequence_and_headers": rest}

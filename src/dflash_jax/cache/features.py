@@ -31,11 +31,13 @@ class FeatureLayout:
         num_layers: captured layers, K.
         hidden_size: the target's, H.
         dtype: "bfloat16", "float32", "int8" or "float8".
+        top_k: the target's likeliest tokens that are stored of every token, beside the features; 0: none.
     """
 
     num_layers: int
     hidden_size: int
     dtype: str
+    top_k: int = 0
 
     @property
     def columns(self) -> int:
@@ -75,6 +77,7 @@ def feature_layout(manifest: dict[str, Any]) -> FeatureLayout:
         num_layers=len(manifest["capture_layers"]),
         hidden_size=manifest["hidden_size"],
         dtype=manifest["features_dtype"],
+        top_k=manifest.get("top_k", 0),
     )
 
 

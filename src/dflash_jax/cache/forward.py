@@ -28,11 +28,16 @@ class Captured:
         features: as they are stored.
         feature_scales: as they are stored; no columns where features have no scales.
         next_ids: the target's greedy token after each token.
+        top_ids: the target's likeliest tokens after each token, likeliest first, the lowest id first where some tie;
+            None where none are stored.
+        top_logprobs: their log-probabilities, as they are stored.
     """
 
     features: Shaped[np.ndarray | Array, "batch seq features"]
     feature_scales: Float[np.ndarray | Array, "batch seq scales"]
     next_ids: Int32[np.ndarray | Array, "batch seq"]
+    top_ids: Int32[np.ndarray | Array, "batch seq top"] | None = None
+    top_logprobs: Float[np.ndarray | Array, "batch seq top"] | None = None
 
 
 @runtime_checkable
@@ -200,7 +205,7 @@ def fill(tensors: dict[str, np.ndarray], first: int, forward: Forward, responses
     """
     results = {
         name: np.asarray(getattr(forward.captured, name))
-        for name in ("features", "feature_scales", "next_ids")
+        for name in ("features", "feature_scales", "next_ids", "top_ids", "top_logprobs")
         if name in tensors
     }
     # an 8-bit feature cannot be infinite, and its scale says what it was made of

@@ -117,6 +117,7 @@ def _manifest_held(out: Path) -> Iterator[None]:
 def _settings(manifest: dict[str, Any]) -> dict[str, Any]:
     """What must not change between the runs of one build."""
     return {
+        "top_k": 0,  # of builds begun before there was the flag
         **{name: value for name, value in manifest["config"].items() if name not in _FREE},
         **manifest["fingerprint"],
         **{name: manifest[name] for name in ("format_version", "hidden_size", "responses_sha256", "max_new_tokens")},

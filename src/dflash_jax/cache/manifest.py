@@ -78,6 +78,8 @@ def _content_problem(manifest: dict[str, Any]) -> str | None:
         return f"{missing[0]} is missing or of the wrong type"
     if not all(isinstance(name, str) for name in manifest.get("prompt_sets", [])):
         return "prompt_sets holds something that is not a name"
+    if not isinstance(manifest.get("top_k", 0), int) or manifest.get("top_k", 0) < 0:
+        return f"top_k {manifest['top_k']!r} is not a number from 0 up"
     if manifest["features_dtype"] not in FEATURES_DTYPES:
         return f"features_dtype {manifest['features_dtype']!r} is unknown"
     content = {name: value for name, value in manifest.items() if name != "manifest_sha256"}

@@ -37,6 +37,8 @@ class Sequence:
             format_version 1, do not say.
         features_len: tokens whose features are known, the first ones; all but in some imported caches. The rest are
             zeros that no drafter may read: see `last_anchor`.
+        top_ids: the target's likeliest tokens after each token, likeliest first; None where the cache has none.
+        top_logprobs: their log-probabilities under the target's whole softmax, nats, float16.
     """
 
     stored_features: Shaped[np.ndarray, "seq features"]
@@ -50,6 +52,8 @@ class Sequence:
     sequence_index: int
     prompt_set: str
     features_len: int
+    top_ids: Int32[np.ndarray, "seq top"] | None = None
+    top_logprobs: Float[np.ndarray, "seq top"] | None = None
 
     @property
     def last_anchor(self) -> int:
@@ -152,6 +156,8 @@ class Cache:
             sequence_index=int(tensors["sequence_index"][i]),
             prompt_set=self._prompt_set(tensors, i),
             features_len=int(tensors["features_len"][i] if "features_len" in tensors else len(token_ids)),
+            top_ids=rows("top_ids") if "top_ids" in tensors else None,
+            top_logprobs=rows("top_logprobs") if "top_logprobs" in tensors else None,
         )
 
     def _prompt_set(self, tensors: dict[str, np.ndarray], i: int) -> str:

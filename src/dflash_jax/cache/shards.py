@@ -20,6 +20,7 @@ _WHAT = "the cache's shard"
 # safetensors' names of the types a shard may hold
 _DTYPES = {
     "BF16": np.dtype(ml_dtypes.bfloat16),
+    "F16": np.dtype(np.float16),
     "F32": np.dtype(np.float32),
     "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
     "I8": np.dtype(np.int8),
@@ -29,7 +30,7 @@ _DTYPES = {
     "U16": np.dtype(np.uint16),
     "U64": np.dtype(np.uint64),
 }
-_PER_TOKEN = ("features", "feature_scales", "token_ids", "next_ids", "loss_mask")
+_PER_TOKEN = ("features", "feature_scales", "token_ids", "next_ids", "loss_mask", "top_ids", "top_logprobs")
 _WRITE_BYTES = 1 << 24  # a piece of a tensor: hashed while it is in the processor's cache, then written
 
 
@@ -42,7 +43,7 @@ def tensor_layout(
         version: the manifest's `format_version`.
         tokens: tokens stored, of all its sequences.
         sequences: sequences stored.
-        features: how features are stored.
+        features: how features are stored, and how many likeliest tokens.
         partial: whether some tokens at the ends of sequences have no features, as an imported cache may have it.
     """
     layout: Layout = {
@@ -60,6 +61,9 @@ def tensor_layout(
         return layout
     if features.quantised:
         layout["feature_scales"] = ("BF16", (tokens, features.scales))
+    if features.top_k:
+        layout["top_ids"] = ("I32", (tokens, features.top_k))
+        layout["top_logprobs"] = ("F16", (tokens, features.top_k))
     per_sequence = {"prefix_start": "I64", "prefix_len": "I32", "prompt_set": "U16"}
     if partial:
         per_sequence["features_len"] = "I32"

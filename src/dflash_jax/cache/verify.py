@@ -28,6 +28,7 @@ def cache_info(path: Path) -> dict[str, Any]:
         "num_texts": manifest.get("num_texts", manifest["num_sequences"] // len(manifest["position_offsets"])),
         **{name: manifest[name] for name in ("num_tokens", "max_length", "max_new_tokens")},
         **{name: manifest[name] for name in ("position_offsets", "capture_layers", "hidden_size", "features_dtype")},
+        "top_k": manifest.get("top_k", 0),
         "bytes_per_token": bytes_per_token(feature_layout(manifest)),
         "bytes": sum(entry["bytes"] for entry in manifest["shards"]),
         "shards": len(manifest["shards"]),

@@ -158,18 +158,14 @@ def draft(target: Target, drafter: Drafter, state: DecodeState, *, block_size: i
     slot = jnp.arange(block_size, dtype=jnp.int32)
     anchor = jnp.take_along_axis(state.tokens, state.start[:, None], axis=1)
     slots = embed_slots(target.embed_tokens, anchor, drafter.config, block_size=block_size)
-    rows = jnp.arange(state.tokens.shape[1], dtype=jnp.int32)
     first = state.kv.position_offset + state.start
-    hidden = jax.vmap(
-        lambda context, x, positions, seen, exist: draft_hidden(
-            drafter, context, x, positions=positions, context_visible=seen, slot_visible=exist
-        )
-    )(
+    hidden = draft_hidden(
+        drafter,
         state.context,
-        slots.astype(drafter.fc.weight.dtype),
-        first[:, None, None] + slot[None, None],
-        (rows[None] < state.start[:, None])[:, None],
-        (slot[None] < (state.limit - state.start)[:, None])[:, None],
+        slots,
+        positions=first[:, None, None] + slot[None, None],
+        context_lengths=state.start[:, None],
+        block_lengths=(state.limit - state.start)[:, None],
     )
     return greedy_tokens(hidden[:, 0, 1:], target.head)
 

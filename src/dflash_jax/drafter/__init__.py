@@ -5,10 +5,18 @@ and decoding; a block sees features strictly before its anchor and its own slots
 `nn`.
 """
 
-from dflash_jax.drafter.blocks import BlockLabels, StoredSequence, block_labels, eligible_anchors
+from dflash_jax.drafter.blocks import (
+    BlockLabels,
+    StoredSequence,
+    block_distributions,
+    block_labels,
+    eligible_anchors,
+)
 from dflash_jax.drafter.config import DrafterConfig, check_not_last_layer, read_drafter_config
 from dflash_jax.drafter.folder import drafter_fingerprint, drafter_shapes, load_drafter, save_drafter
 from dflash_jax.drafter.model import (
+    AS_STORED,
+    Compute,
     ContextKV,
     Drafter,
     DrafterLayer,
@@ -21,12 +29,15 @@ from dflash_jax.drafter.model import (
 )
 
 __all__ = [
+    "AS_STORED",
     "BlockLabels",
+    "Compute",
     "ContextKV",
     "Drafter",
     "DrafterConfig",
     "DrafterLayer",
     "StoredSequence",
+    "block_distributions",
     "block_labels",
     "check_not_last_layer",
     "context_kv",

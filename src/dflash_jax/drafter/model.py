@@ -1,13 +1,18 @@
 """The public DFlash graph: features become context keys and values, a block's slots attend to them and to each other.
 
 **Source:** DFlash (arXiv 2602.06036) section 3; z-lab/dflash@44947fb:dflash/model.py. The maths is the same; here the
-context's keys and values are made once for all blocks of a sequence, and many anchors are drafted in one forward.
+context's keys and values are made once for all blocks of a sequence, and many anchors of many sequences are drafted in
+one forward.
 """
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int32, PRNGKeyArray
+from jaxtyping import Array, Float, Int32, PRNGKeyArray
 
 from dflash_jax.drafter.config import DrafterConfig
 from dflash_jax.nn import Linear, RMSNorm, SwiGLU, apply_rope, block_attention, rope_cos_sin
@@ -20,6 +25,27 @@ class ContextKV(eqx.Module):
 
     k: Float[Array, "*batch kv_heads context head_dim"]
     v: Float[Array, "*batch kv_heads context head_dim"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Compute:
+    """How a forward is computed; the maths is the same.
+
+    Attributes:
+        dtype: of activations and products; None: that of the weights. Norms, softmax, RoPE and all sums are float32,
+            and the gradients of wider weights are of the weights' dtype.
+        remat: whether the backward pass makes a layer's activations again from its inputs and does not keep them.
+    """
+
+    dtype: jnp.dtype | None = None
+    remat: bool = False
+
+    def checkpointed(self, function: Callable[..., Any], *, static_argnums: tuple[int, ...]) -> Callable[..., Any]:
+        """The function, keeping its inputs alone for the backward pass where `remat` is on."""
+        return jax.checkpoint(function, static_argnums=static_argnums) if self.remat else function
+
+
+AS_STORED = Compute()
 
 
 class DrafterAttention(eqx.Module):
@@ -96,37 +122,71 @@ def init_drafter(config: DrafterConfig, *, key: PRNGKeyArray) -> Drafter:
     )
 
 
+def _layer_context(
+    layer: DrafterLayer,
+    rows: Float[Array, "*batch context hidden"],
+    cos_sin: tuple[Float[Array, "*batch context half_dim"], Float[Array, "*batch context half_dim"]],
+    head_dim: int,
+) -> ContextKV:
+    attention = layer.self_attn
+    k, v = (
+        projection(rows).reshape(*rows.shape[:-1], -1, head_dim) for projection in (attention.k_proj, attention.v_proj)
+    )
+    k = apply_rope(attention.k_norm(k), cos_sin)
+    return ContextKV(k=k.swapaxes(-3, -2), v=v.swapaxes(-3, -2))
+
+
 def context_kv(
-    drafter: Drafter, features: Float[Array, "context features"], positions: Int32[Array, " context"]
+    drafter: Drafter,
+    features: Float[Array, "*batch context features"],
+    positions: Int32[Array, "*batch context"],
+    *,
+    compute: Compute = AS_STORED,
 ) -> tuple[ContextKV, ...]:
     """Return every layer's keys and values of context rows; each row depends on its own features and position only.
 
     Args:
         drafter: the drafter.
-        features: target features, one row per token; cast to the drafter's dtype.
+        features: target features, one row per token; cast to the dtype of the computation.
         positions: absolute position of each row.
+        compute: how it is computed.
     """
-    rows = drafter.hidden_norm(drafter.fc(features.astype(drafter.fc.weight.dtype)))
+    rows = drafter.hidden_norm(drafter.fc(features.astype(compute.dtype or drafter.fc.weight.dtype)))
     cos_sin = rope_cos_sin(drafter.config.rope, positions)
+    one = compute.checkpointed(_layer_context, static_argnums=(3,))
+    return tuple(one(layer, rows, cos_sin, drafter.config.head_dim) for layer in drafter.layers)
 
-    def one(attention: DrafterAttention) -> ContextKV:
-        k = attention.k_proj(rows).reshape(rows.shape[0], -1, drafter.config.head_dim)
-        v = attention.v_proj(rows).reshape(k.shape)
-        k = apply_rope(attention.k_norm(k), cos_sin)
-        return ContextKV(k=k.swapaxes(0, 1), v=v.swapaxes(0, 1))
 
-    return tuple(one(layer.self_attn) for layer in drafter.layers)
+def _run_layer(
+    layer: DrafterLayer,
+    x: Float[Array, "*batch anchor block hidden"],
+    kv: ContextKV,
+    lengths: tuple[Int32[Array, "*batch anchor"], Int32[Array, "*batch anchor"]],
+    cos_sin: tuple[Float[Array, "*batch anchor block half_dim"], Float[Array, "*batch anchor block half_dim"]],
+    head_dim: int,
+) -> Float[Array, "*batch anchor block hidden"]:
+    """One layer over the slots; `lengths` are those of the contexts and of the blocks."""
+    attention, y = layer.self_attn, layer.input_layernorm(x)
+    q, k, v = (
+        projection(y).reshape(*y.shape[:-1], -1, head_dim)
+        for projection in (attention.q_proj, attention.k_proj, attention.v_proj)
+    )
+    q, k = apply_rope(attention.q_norm(q), cos_sin), apply_rope(attention.k_norm(k), cos_sin)
+    attended = block_attention(q, kv.k, kv.v, lengths[0], k, v, lengths[1])
+    x = x + attention.o_proj(attended.reshape(*y.shape[:-1], -1))
+    return x + layer.mlp(layer.post_attention_layernorm(x))
 
 
 def draft_hidden(
     drafter: Drafter,
     context: tuple[ContextKV, ...],
-    slots: Float[Array, "anchor block hidden"],
+    slots: Float[Array, "*batch anchor block hidden"],
     *,
-    positions: Int32[Array, "anchor block"],
-    context_visible: Bool[Array, "anchor context"],
-    slot_visible: Bool[Array, "anchor block"],
-) -> Float[Array, "anchor block hidden"]:
+    positions: Int32[Array, "*batch anchor block"],
+    context_lengths: Int32[Array, "*batch anchor"],
+    block_lengths: Int32[Array, "*batch anchor"],
+    compute: Compute = AS_STORED,
+) -> Float[Array, "*batch anchor block hidden"]:
     """Return the drafter's output, after its final norm, for every slot of every block of one sequence.
 
     Args:
@@ -134,21 +194,15 @@ def draft_hidden(
         context: one sequence's `context_kv`.
         slots: embeddings of the block inputs: the anchor token, then mask tokens.
         positions: absolute position of each slot.
-        context_visible: rows each block may see: those strictly before its anchor.
-        slot_visible: slots that exist; the others are computed and mean nothing.
+        context_lengths: rows each block may see, the first ones: those strictly before its anchor.
+        block_lengths: slots that exist, the first ones; the others are computed and mean nothing.
+        compute: how it is computed.
     """
     cos_sin = rope_cos_sin(drafter.config.rope, positions)
-    x = slots
+    x = slots.astype(compute.dtype or drafter.fc.weight.dtype)
+    run = compute.checkpointed(_run_layer, static_argnums=(5,))
     for layer, kv in zip(drafter.layers, context, strict=True):
-        attention, y = layer.self_attn, layer.input_layernorm(x)
-        q, k, v = (
-            projection(y).reshape(*y.shape[:2], -1, drafter.config.head_dim)
-            for projection in (attention.q_proj, attention.k_proj, attention.v_proj)
-        )
-        q, k = apply_rope(attention.q_norm(q), cos_sin), apply_rope(attention.k_norm(k), cos_sin)
-        attended = block_attention(q, kv.k, kv.v, context_visible, k, v, slot_visible)
-        x = x + attention.o_proj(attended.reshape(*y.shape[:2], -1))
-        x = x + layer.mlp(layer.post_attention_layernorm(x))
+        x = run(layer, x, kv, (context_lengths, block_lengths), cos_sin, drafter.config.head_dim)
     return drafter.norm(x)
 
 
@@ -168,13 +222,14 @@ def draft_in_context(
     drafter: Drafter,
     embed_tokens: Float[Array, "vocab hidden"],
     context: tuple[ContextKV, ...],
-    token_ids: Int32[Array, " context"],
-    anchors: Int32[Array, " anchor"],
+    token_ids: Int32[Array, "*batch context"],
+    anchors: Int32[Array, "*batch anchor"],
     *,
-    block_lengths: Int32[Array, " anchor"],
+    block_lengths: Int32[Array, "*batch anchor"],
     block_size: int,
-    block_offset: Int32[Array, ""],
-) -> Float[Array, "anchor block hidden"]:
+    block_offset: Int32[Array, "*batch"],
+    compute: Compute = AS_STORED,
+) -> Float[Array, "*batch anchor block hidden"]:
     """Return the drafter's output for blocks at many anchors of one sequence whose `context_kv` is there already.
 
     Args:
@@ -186,32 +241,35 @@ def draft_in_context(
         block_lengths: slots of each block that exist, 1 to block_size.
         block_size: slots computed per block.
         block_offset: absolute position of token 0, as the slots' positions count it.
+        compute: how it is computed.
     """
-    index = jnp.arange(token_ids.shape[0], dtype=jnp.int32)
     slot = jnp.arange(block_size, dtype=jnp.int32)
+    firsts = block_offset[..., None] + anchors
     return draft_hidden(
         drafter,
         context,
-        embed_slots(embed_tokens, token_ids[anchors], drafter.config, block_size=block_size).astype(
-            drafter.fc.weight.dtype
+        embed_slots(
+            embed_tokens, jnp.take_along_axis(token_ids, anchors, axis=-1), drafter.config, block_size=block_size
         ),
-        positions=block_offset + anchors[:, None] + slot[None],
-        context_visible=index[None] < anchors[:, None],
-        slot_visible=slot[None] < block_lengths[:, None],
+        positions=firsts[..., None] + jnp.expand_dims(slot, tuple(range(anchors.ndim))),
+        context_lengths=anchors,
+        block_lengths=block_lengths,
+        compute=compute,
     )
 
 
 def draft_blocks(
     drafter: Drafter,
     embed_tokens: Float[Array, "vocab hidden"],
-    features: Float[Array, "seq features"],
-    token_ids: Int32[Array, " seq"],
-    anchors: Int32[Array, " anchor"],
+    features: Float[Array, "*batch seq features"],
+    token_ids: Int32[Array, "*batch seq"],
+    anchors: Int32[Array, "*batch anchor"],
     *,
-    block_lengths: Int32[Array, " anchor"],
+    block_lengths: Int32[Array, "*batch anchor"],
     block_size: int,
-    position_offset: Int32[Array, ""],
-) -> Float[Array, "anchor block hidden"]:
+    position_offset: Int32[Array, "*batch"],
+    compute: Compute = AS_STORED,
+) -> Float[Array, "*batch anchor block hidden"]:
     """Return the drafter's output for blocks at many anchors of one sequence: what training and the check both run.
 
     Args:
@@ -224,15 +282,18 @@ def draft_blocks(
         block_lengths: slots of each block that exist, 1 to block_size.
         block_size: slots computed per block.
         position_offset: absolute position of token 0.
+        compute: how it is computed.
     """
-    index = jnp.arange(features.shape[0], dtype=jnp.int32)
+    index = jnp.arange(features.shape[-2], dtype=jnp.int32)
+    positions = position_offset[..., None] + jnp.expand_dims(index, tuple(range(position_offset.ndim)))
     return draft_in_context(
         drafter,
         embed_tokens,
-        context_kv(drafter, features, position_offset + index),
+        context_kv(drafter, features, positions, compute=compute),
         token_ids,
         anchors,
         block_lengths=block_lengths,
         block_size=block_size,
         block_offset=position_offset,
+        compute=compute,
     )

@@ -4,14 +4,17 @@ It promises: positions are exact up to 2^31; softmax, norms and losses are float
 made. It imports `core` and, of libraries, only jax, equinox, numpy and jaxtyping.
 """
 
-from dflash_jax.nn.attention import (
-    block_attention,
-    causal_attention,
-    prefill_attention,
-    write_first_rows,
-    write_rows,
+from dflash_jax.nn.attention import causal_attention, prefill_attention, write_first_rows, write_rows
+from dflash_jax.nn.blocks import anchors_per_chunk, block_attention
+from dflash_jax.nn.head import (
+    VOCAB_CHUNK,
+    LinearCrossEntropy,
+    best_tokens,
+    greedy_tokens,
+    linear_cross_entropy,
+    linear_soft_cross_entropy,
+    top_tokens,
 )
-from dflash_jax.nn.head import LinearCrossEntropy, best_tokens, greedy_tokens, linear_cross_entropy
 from dflash_jax.nn.mlp import Linear, SwiGLU
 from dflash_jax.nn.moe import Experts, MoE, apply_experts
 from dflash_jax.nn.norm import RMSNorm
@@ -20,6 +23,7 @@ from dflash_jax.nn.rope_scaling import Llama3Scaling, RopeScaling, YarnScaling, 
 
 __all__ = [
     "MAX_POSITION",
+    "VOCAB_CHUNK",
     "Experts",
     "Linear",
     "LinearCrossEntropy",
@@ -30,6 +34,7 @@ __all__ = [
     "RopeScaling",
     "SwiGLU",
     "YarnScaling",
+    "anchors_per_chunk",
     "apply_experts",
     "apply_rope",
     "best_tokens",
@@ -38,10 +43,12 @@ __all__ = [
     "check_rope_precision",
     "greedy_tokens",
     "linear_cross_entropy",
+    "linear_soft_cross_entropy",
     "prefill_attention",
     "read_rope",
     "rope_cos_sin",
     "scaling_to_json",
+    "top_tokens",
     "write_first_rows",
     "write_rows",
 ]

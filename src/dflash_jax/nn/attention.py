@@ -1,6 +1,6 @@
-"""Grouped-query attention: of a target over its KV cache, and of drafted blocks over a shared context.
+"""Grouped-query attention of a target over its KV cache.
 
-Both are one softmax. Scores and softmax are float32. A query that may see nothing gets zeros, never NaN.
+Scores and softmax are float32. A query that may see nothing gets zeros, never NaN.
 """
 
 from typing import Literal
@@ -19,19 +19,19 @@ _MASKED = -1e30  # finite, so that an all-masked row gives zeros through its zer
 
 
 def _softmax_parts(
-    scores: list[Float[Array, "..."]], masks: list[Bool[Array, "..."]], sinks: Float[Array, "..."] | None = None
-) -> tuple[list[Float[Array, "..."]], Float[Array, "..."]]:
-    """Unnormalised weights of each part and their common sum, for one softmax over keys that lie in several arrays.
+    scores: Float[Array, "*rows key"], mask: Bool[Array, "*rows key"], sinks: Float[Array, "*rows"] | None = None
+) -> tuple[Float[Array, "*rows key"], Float[Array, "*rows 1"]]:
+    """Unnormalised weights of a softmax over keys, and their sum.
 
     `sinks` are logits that take their share of the sum and give no value.
     """
-    scores = [jnp.where(mask, score, _MASKED) for score, mask in zip(scores, masks, strict=True)]
-    tops = [score.max(axis=-1) for score in scores]
+    scores = jnp.where(mask, scores, _MASKED)
+    top = scores.max(axis=-1)
     if sinks is not None:
-        tops.append(jnp.broadcast_to(sinks, tops[0].shape))
-    top = lax.stop_gradient(jnp.stack(tops).max(axis=0))[..., None]
-    weights = [jnp.where(mask, jnp.exp(score - top), 0.0) for score, mask in zip(scores, masks, strict=True)]
-    total = sum((weight.sum(axis=-1, keepdims=True) for weight in weights), start=jnp.zeros_like(top))
+        top = jnp.maximum(top, sinks)
+    top = lax.stop_gradient(top)[..., None]
+    weights = jnp.where(mask, jnp.exp(scores - top), 0.0)
+    total = weights.sum(axis=-1, keepdims=True)
     if sinks is not None:
         total += jnp.exp(sinks[..., None] - top)
     return weights, jnp.where(total == 0, 1.0, total)
@@ -77,7 +77,9 @@ def _attend_chunk(
         scores = jnp.einsum("bkgqd,bktd->bkgqt", grouped, k, preferred_element_type=jnp.float32) * head_dim**-0.5
     if sinks is not None:
         sinks = sinks.astype(jnp.float32).reshape(1, kv_heads, group, 1)
-    (weights,), total = _softmax_parts([scores], [visible[:, None, None]], sinks)
+    if sinks is not None:
+        sinks = jnp.broadcast_to(sinks, scores.shape[:-1])
+    weights, total = _softmax_parts(scores, jnp.broadcast_to(visible[:, None, None], scores.shape), sinks)
     out = jnp.einsum("bkgqt,bktd->bkgqd", weights.astype(v.dtype), v, preferred_element_type=jnp.float32) / total
     return out.transpose(0, 3, 1, 2, 4).reshape(q.shape).astype(q.dtype)
 
@@ -197,56 +199,6 @@ def prefill_attention(
         seen = keys[:, :, :stop], values[:, :, :stop]
         parts.append(causal_attention(q[:, start:stop], *seen, starts, window=window, sinks=sinks))
     return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=1)
-
-
-def block_attention(
-    q: Float[Array, "anchor block heads head_dim"],
-    context_k: Float[Array, "kv_heads context head_dim"],
-    context_v: Float[Array, "kv_heads context head_dim"],
-    context_visible: Bool[Array, "anchor context"],
-    block_k: Float[Array, "anchor block kv_heads head_dim"],
-    block_v: Float[Array, "anchor block kv_heads head_dim"],
-    block_visible: Bool[Array, "anchor block"],
-) -> Float[Array, "anchor block heads head_dim"]:
-    """Attention of every block over the one context of its sequence and over its own slots, one softmax for both.
-
-    The life of a slot's attention, for context 4, anchors 2 and 4, block 2 (`x` seen; columns: context rows, then the
-    slots of block 0, then those of block 1):
-
-        block 0 (anchor 2)   x x . .   x x   . .
-        block 1 (anchor 4)   x x x x   . .   x x
-
-    The context is not copied per block and no other block's slots are ever scored.
-
-    Args:
-        q: queries of each block's slots, after q_norm and RoPE.
-        context_k: keys of the context rows, shared by all blocks, after k_norm and RoPE.
-        context_v: values of the context rows.
-        context_visible: which context rows a block sees: those strictly before its anchor.
-        block_k: keys of each block's own slots, after k_norm and RoPE.
-        block_v: values of each block's own slots.
-        block_visible: which slots of a block exist (a block is shortened at the token budget).
-
-    **Source:** DFlash paper (arXiv 2602.06036) section 3 and z-lab/dflash@44947fb:dflash/model.py, one block at a time
-    there.
-    """
-    anchors, block, heads, head_dim = q.shape
-    kv_heads = context_k.shape[0]
-    grouped = q.reshape(anchors, block, kv_heads, heads // kv_heads, head_dim)
-    scale = head_dim**-0.5
-    context_scores = jnp.einsum("abkgd,kcd->kabgc", grouped, context_k, preferred_element_type=jnp.float32) * scale
-    block_scores = jnp.einsum("abkgd,askd->kabgs", grouped, block_k, preferred_element_type=jnp.float32) * scale
-    (context_weights, block_weights), total = _softmax_parts(
-        [context_scores, block_scores],
-        [context_visible[None, :, None, None], block_visible[None, :, None, None]],
-    )
-    out = jnp.einsum(
-        "kabgc,kcd->kabgd", context_weights.astype(context_v.dtype), context_v, preferred_element_type=jnp.float32
-    )
-    out += jnp.einsum(
-        "kabgs,askd->kabgd", block_weights.astype(block_v.dtype), block_v, preferred_element_type=jnp.float32
-    )
-    return jnp.transpose(out / total, (1, 2, 0, 3, 4)).reshape(q.shape).astype(q.dtype)
 
 
 def write_rows(

@@ -7,7 +7,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int32
+from jaxtyping import Array, Float, Int32
 
 VOCAB_CHUNK = 8192
 # Up to this many logits (64 MiB of float32) the head is one product: a scan would copy the head's chunks once more,
@@ -80,25 +80,81 @@ def greedy_tokens(hidden: Float[Array, "*rows hidden"], head: Float[Array, "voca
     return best_tokens(hidden, head)[1]
 
 
+def top_tokens(
+    hidden: Float[Array, "*rows hidden"], head: Float[Array, "vocab hidden"], *, count: int
+) -> tuple[Int32[Array, "*rows {count}"], Float[Array, "*rows {count}"]]:
+    """Return the likeliest tokens of `softmax(hidden @ head.T)` for every row, likeliest first, and log-probabilities.
+
+    Where some tie, the lower id comes first. Log-probabilities are float32, in nats, of the whole softmax.
+
+    Args:
+        hidden: rows after the model's final norm.
+        head: the vocabulary head, one row per token.
+        count: how many, at most the vocabulary.
+    """
+    flat = hidden.reshape(-1, hidden.shape[-1])
+    rows = flat.shape[0]
+
+    def step(carry, weights, first):  # noqa: ANN001, ANN202
+        scores, tokens, total = carry
+        logits = _logits(flat, weights)
+        best, index = lax.top_k(logits, min(count, weights.shape[0]))
+        # what is there already has lower ids, and of equal scores top_k takes the first
+        merged, place = lax.top_k(jnp.concatenate([scores, best], axis=-1), count)
+        tokens = jnp.concatenate([tokens, index.astype(jnp.int32) + first], axis=-1)
+        shrink = jnp.exp(scores[:, 0] - merged[:, 0])
+        total = total * shrink + jnp.exp(logits - merged[:, :1]).sum(axis=-1)
+        return merged, jnp.take_along_axis(tokens, place, axis=-1), total
+
+    start = jnp.full((rows, count), -jnp.inf, jnp.float32), jnp.zeros((rows, count), jnp.int32), jnp.zeros(rows)
+    scores, tokens, total = _fold_chunks(step, start, head)
+    logprobs = scores - scores[:, :1] - jnp.log(total)[:, None]
+    return tokens.reshape(*hidden.shape[:-1], count), logprobs.reshape(*hidden.shape[:-1], count)
+
+
 class LinearCrossEntropy(eqx.Module):
     """What the head says of every row.
 
     Attributes:
-        loss: `logsumexp(logits) - logits[label]`, nats.
-        correct: whether the label is the argmax.
+        loss: `logsumexp(logits) - sum of probability * logit over the row's labels`, nats.
+        tokens: the argmax, the lowest id where some tie.
     """
 
     loss: Float[Array, " row"]
-    correct: Bool[Array, " row"]
+    tokens: Int32[Array, " row"]
+
+
+def _expected_labels(
+    hidden: Float[Array, "row hidden"],
+    head: Float[Array, "vocab hidden"],
+    ids: Int32[Array, "row label"],
+    probabilities: Float[Array, "row label"],
+) -> tuple[Float[Array, " row"], Float[Array, "row hidden"]]:
+    """The sums over a row's labels of probability times logit and times head row, float32, a label at a time."""
+
+    def add(carry: tuple[Array, Array], label: tuple[Array, Array]) -> tuple[tuple[Array, Array], None]:
+        logit, row = carry
+        label_ids, weights = label
+        label_rows = head[label_ids]
+        label_logits = jnp.einsum("rh,rh->r", hidden, label_rows, preferred_element_type=jnp.float32)
+        return (logit + weights * label_logits, row + weights[:, None] * label_rows.astype(jnp.float32)), None
+
+    zeros = jnp.zeros(hidden.shape[:1], jnp.float32), jnp.zeros(hidden.shape, jnp.float32)
+    if ids.shape[1] == 1:
+        return add(zeros, (ids[:, 0], probabilities[:, 0]))[0]
+    return lax.scan(add, zeros, (ids.T, probabilities.T))[0]
 
 
 def _online_pass(
-    hidden: Float[Array, "row hidden"], head: Float[Array, "vocab hidden"], labels: Int32[Array, " row"]
+    hidden: Float[Array, "row hidden"],
+    head: Float[Array, "vocab hidden"],
+    ids: Int32[Array, "row label"],
+    probabilities: Float[Array, "row label"],
 ) -> tuple[LinearCrossEntropy, Float[Array, "row hidden"]]:
-    """Loss, hits and d loss / d hidden of every row, each chunk's logits computed once.
+    """Loss, argmax and d loss / d hidden of every row, each chunk's logits computed once.
 
-    The gradient is `sum_v softmax_v head_v - head_label`: an expectation that accumulates beside the running softmax
-    sum, as the values do in flash attention.
+    The gradient is `sum_v softmax_v head_v - sum over labels of probability * head_label`: an expectation that
+    accumulates beside the running softmax sum, as the values do in flash attention.
     """
     rows = hidden.shape[0]
 
@@ -107,45 +163,65 @@ def _online_pass(
         logits = _logits(hidden, weights)
         new_best = _fold_best(best, logits, first)
         shrink = jnp.exp(best[0] - new_best[0])
-        probabilities = jnp.exp(logits - new_best[0][:, None])
+        exponentials = jnp.exp(logits - new_best[0][:, None])
         expected = expected * shrink[:, None] + jnp.einsum(
-            "rv,vh->rh", probabilities.astype(weights.dtype), weights, preferred_element_type=jnp.float32
+            "rv,vh->rh", exponentials.astype(weights.dtype), weights, preferred_element_type=jnp.float32
         )
-        return new_best, total * shrink + probabilities.sum(axis=-1), expected
+        return new_best, total * shrink + exponentials.sum(axis=-1), expected
 
     best = (jnp.full(rows, -jnp.inf, jnp.float32), jnp.zeros(rows, jnp.int32))
     start = (best, jnp.zeros(rows, jnp.float32), jnp.zeros(hidden.shape, jnp.float32))
     (top, token), total, expected = _fold_chunks(step, start, head)
-    label_rows = head[labels]
-    label_logits = jnp.einsum("rh,rh->r", hidden, label_rows, preferred_element_type=jnp.float32)
-    result = LinearCrossEntropy(loss=top + jnp.log(total) - label_logits, correct=token == labels)
-    return result, expected / total[:, None] - label_rows.astype(jnp.float32)
+    label_logit, label_row = _expected_labels(hidden, head, ids, probabilities)
+    result = LinearCrossEntropy(loss=top + jnp.log(total) - label_logit, tokens=token)
+    return result, expected / total[:, None] - label_row
 
 
 @jax.custom_vjp
+def linear_soft_cross_entropy(
+    hidden: Float[Array, "row hidden"],
+    head: Float[Array, "vocab hidden"],
+    ids: Int32[Array, "row label"],
+    probabilities: Float[Array, "row label"],
+) -> LinearCrossEntropy:
+    """Return each row's cross-entropy against a distribution over some tokens; differentiable in `hidden` alone.
+
+    `loss = logsumexp(logits) - sum over labels of probability * logit`, the softmax being over the whole vocabulary.
+
+    Cost: `4 * rows * hidden * vocab` FLOPs for the loss and its gradient together (the least there is), in memory
+    `rows * (VOCAB_CHUNK + hidden)` float32 twice over. Neither the head nor the distribution receives a gradient.
+
+    Args:
+        hidden: rows after the drafter's final norm.
+        head: the target's frozen head.
+        ids: tokens with a probability, in range; several labels of a row are different ones.
+        probabilities: of those tokens, float32; they sum to 1.
+    """
+    return _online_pass(hidden, head, ids, probabilities)[0]
+
+
+def _forward(hidden, head, ids, probabilities):  # noqa: ANN001, ANN202
+    result, gradient = _online_pass(hidden, head, ids, probabilities)
+    # an empty array carries the dtype of the rows: the gradient stays float32 until the row's weight is in it
+    return result, (gradient, jnp.zeros(0, hidden.dtype))
+
+
+def _backward(kept, cotangent: LinearCrossEntropy):  # noqa: ANN001, ANN202
+    gradient, like = kept
+    return (gradient * cotangent.loss[:, None]).astype(like.dtype), None, None, None
+
+
+linear_soft_cross_entropy.defvjp(_forward, _backward)
+
+
 def linear_cross_entropy(
     hidden: Float[Array, "row hidden"], head: Float[Array, "vocab hidden"], labels: Int32[Array, " row"]
 ) -> LinearCrossEntropy:
-    """Return each row's cross-entropy against its label over a frozen head; differentiable in `hidden` alone.
-
-    Cost: `4 * rows * hidden * vocab` FLOPs for the loss and its gradient together (the least there is), in memory
-    `rows * (VOCAB_CHUNK + hidden)` float32 twice over. The head receives no gradient.
+    """Return each row's cross-entropy against its label: `linear_soft_cross_entropy` with one label of probability 1.
 
     Args:
         hidden: rows after the drafter's final norm.
         head: the target's frozen head.
         labels: token ids, in range.
     """
-    return _online_pass(hidden, head, labels)[0]
-
-
-def _forward(hidden, head, labels):  # noqa: ANN001, ANN202
-    result, gradient = _online_pass(hidden, head, labels)
-    return result, gradient.astype(hidden.dtype)
-
-
-def _backward(gradient, cotangent: LinearCrossEntropy):  # noqa: ANN001, ANN202
-    return gradient * cotangent.loss[:, None].astype(gradient.dtype), None, None
-
-
-linear_cross_entropy.defvjp(_forward, _backward)
+    return linear_soft_cross_entropy(hidden, head, labels[:, None], jnp.ones((labels.shape[0], 1), jnp.float32))

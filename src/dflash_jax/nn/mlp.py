@@ -3,19 +3,61 @@
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Float
 
 
+@jax.custom_vjp
+def _narrow_product(
+    x: Float[Array, "*rows in_features"], weight: Float[Array, "out_features in_features"]
+) -> Float[Array, "*rows out_features"]:
+    """`x @ weight.T` in `x`'s dtype, of a weight that is kept wider; the weight's gradient is summed in its own dtype.
+
+    A cast before the product would have that gradient in `x`'s dtype: rounded, and over devices summed so. It must not
+    be mapped over sequences (`jax.vmap`), which would make one such gradient per sequence.
+    """
+    return jnp.einsum("...i,oi->...o", x, weight.astype(x.dtype))
+
+
+def _narrow_forward(x: Float[Array, "..."], weight: Float[Array, "..."]):  # noqa: ANN202  (a custom_vjp's pair)
+    return _narrow_product(x, weight), (x, weight)
+
+
+def _narrow_backward(kept: tuple[Float[Array, "..."], Float[Array, "..."]], slope: Float[Array, "..."]):  # noqa: ANN202
+    x, weight = kept
+    rows = tuple(range(x.ndim - 1))
+    wide = lax.dot_general(slope, x, ((rows, rows), ((), ())), preferred_element_type=weight.dtype)
+    return jnp.einsum("...o,oi->...i", slope, weight.astype(x.dtype)), wide
+
+
+_narrow_product.defvjp(_narrow_forward, _narrow_backward)
+
+
 class Linear(eqx.Module):
-    """`x @ weight.T + bias`, the weight stored `[out, in]` as checkpoints store it (so loading copies nothing)."""
+    """`x @ weight.T + bias`, the weight stored `[out, in]` as checkpoints store it (so loading copies nothing).
+
+    Weights may be wider than `x` (float32 master weights, bfloat16 activations): the product is of `x`'s dtype, sums
+    and the weights' gradients are of theirs.
+    """
 
     weight: Float[Array, "out_features in_features"]
     bias: Float[Array, " out_features"] | None = None
 
     def __call__(self, x: Float[Array, "*rows in_features"]) -> Float[Array, "*rows out_features"]:
         """Return the projection in `x`'s dtype."""
-        y = jnp.einsum("...i,oi->...o", x, self.weight)
-        return y if self.bias is None else y + jnp.expand_dims(self.bias, tuple(range(y.ndim - 1)))
+        if self.weight.dtype == x.dtype:
+            y = jnp.einsum("...i,oi->...o", x, self.weight)
+        else:
+            y = _narrow_product(x, self.weight)
+        if self.bias is None:
+            return y
+        return (y.astype(self.bias.dtype) + jnp.expand_dims(self.bias, tuple(range(y.ndim - 1)))).astype(x.dtype)
+
+
+@jax.checkpoint
+def _gated(gate: Float[Array, "*rows inner"], up: Float[Array, "*rows inner"]) -> Float[Array, "*rows inner"]:
+    """`silu(gate) * up`, of which the backward pass keeps the two inputs alone."""
+    return jax.nn.silu(gate) * up
 
 
 class SwiGLU(eqx.Module):
@@ -27,4 +69,4 @@ class SwiGLU(eqx.Module):
 
     def __call__(self, x: Float[Array, "*rows hidden"]) -> Float[Array, "*rows hidden"]:
         """Return the MLP's output, not added to the residual stream."""
-        return self.down_proj(jax.nn.silu(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(_gated(self.gate_proj(x), self.up_proj(x)))

@@ -1,15 +1,32 @@
 """RMSNorm."""
 
+from functools import partial
+
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
 
+# the backward pass keeps the input alone: what is made of it costs less to make again than to store
+@partial(jax.checkpoint, static_argnums=(2, 3))
+def _normed(
+    x: Float[Array, "*rows hidden"], weight: Float[Array, " hidden"], eps: float, cast_last: bool
+) -> Float[Array, "*rows hidden"]:
+    wide = x.astype(jnp.float32)
+    scaled = wide * lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)
+    weight = jnp.expand_dims(weight, tuple(range(x.ndim - 1)))
+    if cast_last or weight.dtype != x.dtype:
+        return (scaled * weight.astype(jnp.float32)).astype(x.dtype)
+    return scaled.astype(x.dtype) * weight
+
+
 class RMSNorm(eqx.Module):
     """Root-mean-square normalisation over the last axis.
 
-    Statistics are float32. The order of what follows matters bit for bit in bfloat16.
+    Statistics are float32. The order of what follows matters bit for bit in bfloat16; a weight that is wider than the
+    input (float32 master weights) is multiplied in float32.
 
     Attributes:
         weight: factor of each channel.
@@ -27,9 +44,4 @@ class RMSNorm(eqx.Module):
 
     def __call__(self, x: Float[Array, "*rows hidden"]) -> Float[Array, "*rows hidden"]:
         """Return `x / sqrt(mean(x^2) + eps) * weight`, in `x`'s dtype."""
-        wide = x.astype(jnp.float32)
-        scaled = wide * lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
-        weight = jnp.expand_dims(self.weight, tuple(range(x.ndim - 1)))
-        if self.cast_last:
-            return (scaled * weight.astype(jnp.float32)).astype(x.dtype)
-        return scaled.astype(x.dtype) * weight
+        return _normed(x, self.weight, self.eps, self.cast_last)

@@ -6,6 +6,7 @@ bit for bit; nothing of rows x vocabulary is made; a checkpoint is whole or abse
 """
 
 from dflash_jax.train.config import TrainConfig
+from dflash_jax.train.memory import StepBytes, step_bytes
 from dflash_jax.train.run import train
 
-__all__ = ["TrainConfig", "train"]
+__all__ = ["StepBytes", "TrainConfig", "step_bytes", "train"]

@@ -1,4 +1,7 @@
-"""The DFlash loss: position-decayed cross-entropy of many blocks per sequence over the target's frozen head."""
+"""The DFlash losses: weighted cross-entropy or KL of many blocks per sequence over the target's frozen head."""
+
+from dataclasses import dataclass
+from typing import Literal, get_args
 
 import equinox as eqx
 import jax
@@ -6,15 +9,60 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int32, PRNGKeyArray
 
-from dflash_jax.drafter import Drafter, StoredSequence, block_labels, draft_blocks, eligible_anchors
-from dflash_jax.nn import linear_cross_entropy
+from dflash_jax.core import InputError
+from dflash_jax.drafter import (
+    AS_STORED,
+    Compute,
+    Drafter,
+    StoredSequence,
+    block_distributions,
+    block_labels,
+    draft_blocks,
+    eligible_anchors,
+)
+from dflash_jax.nn import linear_soft_cross_entropy
+
+Loss = Literal["cross-entropy", "d-pace", "kl"]
+Denominator = Literal["weights", "labels"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Objective:
+    """What is minimised.
+
+    Attributes:
+        loss: of a slot and its weight: "cross-entropy" against the label, weighed by `slot_weights`; "d-pace" the same
+            weighed by `dpace_weights`; "kl", `KL(target || drafter)` weighed by `slot_weights`.
+        denominator: what the weighted sum is divided by: the sum of the "weights" (SpecForge), or the number of
+            "labels" + 1e-5 (speculators), which makes the loss smaller and leaves AdamW's steps nearly as they are.
+        gamma: decay of `slot_weights`.
+        alpha: smoothing of `dpace_weights`.
+    """
+
+    loss: Loss = "cross-entropy"
+    denominator: Denominator = "weights"
+    gamma: float = 4.0
+    alpha: float = 0.5
+
+    def __post_init__(self) -> None:
+        """Check the choices and the numbers."""
+        for flag, value, choices in (
+            ("--loss", self.loss, get_args(Loss)),
+            ("--loss-denominator", self.denominator, get_args(Denominator)),
+        ):
+            if value not in choices:
+                raise InputError(f"{flag} is {value!r}: choose {', '.join(choices[:-1])} or {choices[-1]}")
+        if not self.gamma > 0:
+            raise InputError(f"--decay-gamma is {self.gamma}: a number above 0 is needed")
+        if not 0 <= self.alpha <= 1:
+            raise InputError(f"--dpace-alpha is {self.alpha}: a number from 0 to 1 is needed")
 
 
 class StepStatistics(eqx.Module):
     """What a batch of blocks came to.
 
     Attributes:
-        loss: weighted mean cross-entropy, nats per weighted slot.
+        loss: the objective, nats per weighted or per labelled slot.
         accuracy: share of labelled slots whose label is the drafter's argmax (token_acc, pooled).
         accuracy_by_slot: the same for each slot 1 to B-1; 0 where a slot had no label.
         num_labels: labelled slots.
@@ -44,6 +92,67 @@ def slot_weights(block_size: int, gamma: float) -> Float[Array, " drafted"]:
     return jnp.exp(-jnp.arange(block_size - 1, dtype=jnp.float32) / gamma)
 
 
+def dpace_weights(
+    probabilities: Float[Array, "*blocks drafted"], labelled: Bool[Array, "*blocks drafted"], alpha: float
+) -> Float[Array, "*blocks drafted"]:
+    """Return D-PACE's weight of every slot: what its being right adds to the length that is expected to be accepted.
+
+    With `q_k` the drafter's probability of slot k's label, `s_k = (1 - alpha) q_k + alpha` (1 where there is no label)
+    and `P_k = s_1 ... s_k`, slot k weighs the sum of `P_m` over labelled `m >= k`. Not differentiated. Worked, alpha
+    0.5, q = [1, 0.5, 0], all labelled: s = [1, 0.75, 0.5], P = [1, 0.75, 0.375], weights [2.125, 1.125, 0.375].
+
+    **Source:** D-PACE (arXiv 2605.18810) as speculators@c05b95b `dpace_loss_decay` has it; the same.
+    """
+    smooth = jnp.where(labelled, (1 - alpha) * lax.stop_gradient(probabilities) + alpha, 1.0)
+    reached = jnp.where(labelled, jnp.cumprod(smooth, axis=-1), 0.0)
+    return jnp.where(labelled, lax.cumsum(reached, axis=reached.ndim - 1, reverse=True), 0.0)
+
+
+class _Slots(eqx.Module):
+    """The drafted slots of a batch: where they are, and what the target says there."""
+
+    anchors: Int32[Array, "*batch anchor"]
+    lengths: Int32[Array, "*batch anchor"]
+    labels: Int32[Array, "*batch anchor drafted"]
+    labelled: Bool[Array, "*batch anchor drafted"]
+    ids: Int32[Array, "*batch anchor drafted top"]
+    probabilities: Float[Array, "*batch anchor drafted top"]
+
+
+def _draw_slots(sequences: StoredSequence, count: int, *, block_size: int, soft: bool, key: PRNGKeyArray) -> _Slots:
+    def one(sequence: StoredSequence, key: PRNGKeyArray) -> _Slots:
+        anchors, valid = draw_anchors(eligible_anchors(sequence), count, key=key)
+        target = block_labels(sequence, anchors, block_size=block_size)
+        if soft:
+            ids, probabilities = block_distributions(sequence, anchors, block_size=block_size)
+        else:
+            ids, probabilities = target.labels[..., None], jnp.ones((*target.labels.shape, 1), jnp.float32)
+        return _Slots(
+            anchors=anchors,
+            lengths=target.lengths,
+            labels=target.labels,
+            labelled=target.labelled & valid[:, None],
+            ids=ids,
+            probabilities=probabilities,
+        )
+
+    return jax.vmap(one)(sequences, jax.random.split(key, sequences.token_ids.shape[0]))
+
+
+def _reduced(
+    per_slot: Float[Array, "batch anchor drafted"], labelled: Bool[Array, "batch anchor drafted"], objective: Objective
+) -> Float[Array, ""]:
+    """The weighted sum over the objective's denominator; both sums run over the whole batch (all devices)."""
+    if objective.loss == "d-pace":
+        weight = dpace_weights(jnp.exp(-per_slot), labelled, objective.alpha)
+    else:
+        weight = jnp.where(labelled, slot_weights(labelled.shape[-1] + 1, objective.gamma)[None, None], 0.0)
+    total = (weight * per_slot).sum()
+    if objective.denominator == "labels":
+        return total / (labelled.sum(dtype=jnp.int32).astype(jnp.float32) + 1e-5)
+    return total / jnp.maximum(weight.sum(), 1e-9)
+
+
 def block_loss(
     drafter: Drafter,
     embed_tokens: Float[Array, "vocab hidden"],
@@ -51,46 +160,53 @@ def block_loss(
     sequences: StoredSequence,
     *,
     anchors_per_sequence: int,
-    gamma: float,
+    objective: Objective,
     key: PRNGKeyArray,
+    compute: Compute = AS_STORED,
 ) -> tuple[Float[Array, ""], StepStatistics]:
     """Return the loss of freshly drawn anchors of a batch of sequences, and its statistics.
 
-    `loss = sum(w * CE) / sum(w)` over labelled slots with `w = exp(-(k-1)/gamma)`: the decay is in the denominator, as
-    in SpecForge@a6b6b02, and both sums run over the whole batch (all devices).
+    `loss = sum(w * L) / D` over labelled slots, with `w` and `D` as the objective says. `L` is the cross-entropy
+    against the label, or for "kl" the forward KL from the target's distribution over its stored likeliest tokens, made
+    to sum to 1 (what was not stored is left out), to the drafter's over the whole vocabulary: `sum p (log p - log q)`.
+    Its least value is 0, where the drafter has all its mass on those tokens in the target's ratios.
 
     Args:
         drafter: differentiated.
         embed_tokens: the target's embedding, frozen.
-        head: the target's head, frozen.
-        sequences: a batch, axis 0.
+        head: the target's head, frozen; of the computation's dtype.
+        sequences: a batch, axis 0; for "kl" with `top_ids` and `top_logprobs`.
         anchors_per_sequence: anchors drawn from each sequence.
-        gamma: decay of the slots' weights.
+        objective: what is minimised.
         key: draws the anchors.
+        compute: how the drafter is computed; the loss is float32.
     """
     block_size = drafter.config.block_size
     count = min(anchors_per_sequence, sequences.token_ids.shape[1])
-
-    def one(sequence: StoredSequence, key: PRNGKeyArray):  # noqa: ANN202
-        anchors, valid = draw_anchors(eligible_anchors(sequence), count, key=key)
-        target = block_labels(sequence, anchors, block_size=block_size)
-        hidden = draft_blocks(
-            drafter,
-            embed_tokens,
-            sequence.features,
-            sequence.token_ids,
-            anchors,
-            block_lengths=target.lengths,
-            block_size=block_size,
-            position_offset=sequence.position_offset,
-        )
-        return hidden[:, 1:], target.labels, target.labelled & valid[:, None]
-
-    hidden, labels, labelled = jax.vmap(one)(sequences, jax.random.split(key, sequences.token_ids.shape[0]))
-    rows = linear_cross_entropy(hidden.reshape(-1, hidden.shape[-1]), head, labels.reshape(-1))
-    cross_entropy, correct = rows.loss.reshape(labels.shape), rows.correct.reshape(labels.shape)
-    weight = jnp.where(labelled, slot_weights(block_size, gamma)[None, None], 0.0)
-    loss = (weight * cross_entropy).sum() / jnp.maximum(weight.sum(), 1e-9)
+    is_soft = objective.loss == "kl"
+    slots = _draw_slots(sequences, count, block_size=block_size, soft=is_soft, key=key)
+    hidden = draft_blocks(
+        drafter,
+        embed_tokens,
+        sequences.features,
+        sequences.token_ids,
+        slots.anchors,
+        block_lengths=slots.lengths,
+        block_size=block_size,
+        position_offset=sequences.position_offset,
+        compute=compute,
+    )[..., 1:, :]
+    labels, labelled, probabilities = slots.labels, slots.labelled, slots.probabilities
+    rows = linear_soft_cross_entropy(
+        hidden.reshape(-1, hidden.shape[-1]),
+        head,
+        slots.ids.reshape(-1, slots.ids.shape[-1]),
+        probabilities.reshape(-1, probabilities.shape[-1]),
+    )
+    per_slot, correct = rows.loss.reshape(labels.shape), rows.tokens.reshape(labels.shape) == labels
+    if is_soft:
+        per_slot += (probabilities * jnp.log(jnp.maximum(probabilities, 1e-30))).sum(axis=-1)
+    loss = _reduced(per_slot, labelled, objective)
     hits = (labelled & correct).sum(axis=(0, 1)).astype(jnp.float32)
     counts = labelled.sum(axis=(0, 1)).astype(jnp.float32)
     return loss, StepStatistics(

@@ -1,6 +1,5 @@
 """The `train` command: a cache in, a run folder out."""
 
-import math
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,7 +16,9 @@ from dflash_jax.train.checkpoint import RunFolder
 from dflash_jax.train.config import TrainConfig
 from dflash_jax.train.data import make_batches
 from dflash_jax.train.init import drafter_config, new_drafter
-from dflash_jax.train.step import StepResult, TrainState, learning_rate_schedule, make_step, new_state
+from dflash_jax.train.optimizer import learning_rate_schedule
+from dflash_jax.train.step import StepResult, TrainState, frozen_ends, make_step, new_state
+from dflash_jax.train.watch import LossWatch
 
 DEFAULT_BLOCK_SIZE = 8
 DEFAULT_NUM_LAYERS = 4
@@ -149,6 +150,7 @@ class _Loop:
     folder: RunFolder
     record: dict[str, Any]
     progress: Move
+    watch: LossWatch
 
     def run(self, state: TrainState, done: int, target: targets.Target, cache: Cache) -> TrainState:
         """Train from step `done` to the last one, with checkpoints on the way."""
@@ -160,10 +162,11 @@ class _Loop:
             max_positions=target.config.max_positions,
             seed=config.seed,
         )
+        ends = frozen_ends(target.embed_tokens, target.head, config)
         pending: list[StepResult] = []
         started = last = time.perf_counter()
         for step in range(done, config.steps):
-            state, result = step_function(state, target.embed_tokens, target.head, batches(step))
+            state, result = step_function(state, *ends, batches(step))
             pending.append(result)
             is_checkpoint = (step + 1) % config.checkpoint_every == 0 or step + 1 == config.steps
             if is_checkpoint or len(pending) == FLUSH_EVERY:
@@ -180,7 +183,7 @@ class _Loop:
         """Write finished steps to the curve.
 
         Raises:
-            InputError: a loss is not finite; the last good checkpoint is named.
+            InputError: a loss is not finite, or spikes; the last good checkpoint is named.
         """
         schedule = learning_rate_schedule(self.config)
         anchors = self.config.sequences_per_step * self.config.anchors_per_sequence
@@ -188,14 +191,14 @@ class _Loop:
         for index, result in enumerate(results):
             number = step - len(results) + 1 + index
             row = _metrics_row(number, result, float(np.asarray(schedule(number - 1))), rate * anchors, seconds)
-            if not math.isfinite(row["loss"]) or not math.isfinite(row["grad_norm"]):
+            if trouble := self.watch.see(number, loss=row["loss"], grad_norm=row["grad_norm"]):
                 self.folder.append_metrics(rows)
                 # the weights that gave this loss are those of the step before: its checkpoint is no good one
-                good = [self.folder.drafter_path(s) for s in self.folder.drafter_steps() if s < number - 1]
+                good = [self.folder.drafter_path(s) for s in self.folder.drafter_steps() if s < trouble.step - 1]
                 where = f"the last good checkpoint is {good[-1]}" if good else "no good checkpoint was written yet"
                 raise InputError(
-                    f"loss or gradient is not finite at step {number}: {where}; start again with a lower "
-                    "--learning-rate, from there with --init-from or anew"
+                    f"{trouble.what}: {where}; start again with a lower --learning-rate, from there with --init-from "
+                    "or anew"
                 )
             rows.append(row)
         self.folder.append_metrics(rows)
@@ -215,12 +218,17 @@ def train(config: TrainConfig, *, progress: Move = no_progress) -> dict[str, Any
         `num_parameters`.
 
     Raises:
-        InputError: bad target or cache; a cache of another target; settings that do not fit `init_from` or the run to
-            resume; an existing `out`; a loss that is not finite.
+        InputError: bad target or cache; a cache of another target, or without what the loss needs; settings that do not
+            fit `init_from` or the run to resume; an existing `out`; a loss that is not finite.
     """
     started = time.perf_counter()
     cache = open_cache(config.cache)
     check_fingerprint(cache.manifest, _target_fingerprint(config.target), what=f"the target {config.target}")
+    if config.loss == "kl" and not cache.manifest.get("top_k", 0):
+        raise InputError(
+            f"--loss kl needs the target's distribution, which the cache {config.cache} does not have: build one with "
+            "`cache build --top-k 32`"
+        )
     folder = RunFolder(config.out)
     config, begun = _begin(config, folder)
     config = _init_config(config, cache)
@@ -242,7 +250,9 @@ def train(config: TrainConfig, *, progress: Move = no_progress) -> dict[str, Any
         folder.create(record)
     if config.keep_initial and done == 0:
         folder.save_drafter(state, step=0, record=record | {"trained_prompt_hashes": sorted(inherited), "step": 0})
-    loop = _Loop(config=config, folder=folder, record=record | {"trained_prompt_hashes": seen}, progress=progress)
+    watch = LossWatch(config.spike_factor, curve=folder.metrics_path)
+    record |= {"trained_prompt_hashes": seen}
+    loop = _Loop(config=config, folder=folder, record=record, progress=progress, watch=watch)
     state = loop.run(state, done, target, cache)
     last = folder.last_metrics()
     return {

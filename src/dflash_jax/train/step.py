@@ -1,4 +1,4 @@
-"""One optimizer step, compiled once: loss, gradient, clip, AdamW, with donated state."""
+"""One optimizer step, compiled once: loss, gradient, clip, update, with donated state."""
 
 from typing import Any
 
@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, Int32
 from dflash_jax.drafter import Drafter, StoredSequence
 from dflash_jax.train.config import TrainConfig
 from dflash_jax.train.loss import StepStatistics, block_loss
+from dflash_jax.train.optimizer import make_optimizer
 
 
 class TrainState(eqx.Module):
@@ -18,34 +19,13 @@ class TrainState(eqx.Module):
 
     Attributes:
         drafter: float32 master weights.
-        optimizer: AdamW's moments and the schedule's count.
+        optimizer: its moments and the schedule's count.
         step: optimizer steps done.
     """
 
     drafter: Drafter
     optimizer: Any
     step: Int32[Array, ""]
-
-
-def learning_rate_schedule(config: TrainConfig) -> optax.Schedule:
-    """Return warm-up from 0, then a cosine to 0 at the last step (paper: warm-up ratio 0.04)."""
-    warmup = max(1, round(config.warmup_ratio * config.steps))
-    return optax.warmup_cosine_decay_schedule(
-        init_value=0.0, peak_value=config.learning_rate, warmup_steps=warmup, decay_steps=max(config.steps, warmup + 1)
-    )
-
-
-def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
-    """Return clip by global norm, then AdamW (betas 0.9 and `adam_b2`); weight decay on matrices alone."""
-    return optax.chain(
-        optax.clip_by_global_norm(config.clip_norm),
-        optax.adamw(
-            learning_rate_schedule(config),
-            b2=config.adam_b2,
-            weight_decay=config.weight_decay,
-            mask=lambda weights: jax.tree_util.tree_map(lambda leaf: leaf.ndim >= 2, weights),
-        ),
-    )
 
 
 def new_state(drafter: Drafter, config: TrainConfig) -> TrainState:
@@ -63,6 +43,14 @@ class StepResult(eqx.Module):
 
     statistics: StepStatistics
     grad_norm: Float[Array, ""]
+
+
+def frozen_ends(
+    embed_tokens: Float[Array, "vocab hidden"], head: Float[Array, "vocab hidden"], config: TrainConfig
+) -> tuple[Float[Array, "vocab hidden"], Float[Array, "vocab hidden"]]:
+    """Return the target's embedding and head in the step's dtype: one array where they are tied."""
+    narrow = head.astype(config.dtype)
+    return (narrow if embed_tokens is head else embed_tokens.astype(config.dtype)), narrow
 
 
 def make_step(config: TrainConfig):  # noqa: ANN201  (a jitted function)
@@ -86,8 +74,9 @@ def make_step(config: TrainConfig):  # noqa: ANN201  (a jitted function)
             head,
             sequences,
             anchors_per_sequence=config.anchors_per_sequence,
-            gamma=config.decay_gamma,
+            objective=config.objective,
             key=key,
+            compute=config.compute,
         )
         with jax.numpy_dtype_promotion("standard"):  # optax raises a float to its int32 count
             updates, moments = optimizer.update(gradient, state.optimizer, state.drafter)  # pyright: ignore[reportArgumentType]

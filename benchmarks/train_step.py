@@ -1,0 +1,461 @@
+"""A training step: anchors/s and memory, against speculators' own DFlash step and against a large matrix product.
+
+Same shapes, same weights, same anchors, same labels, one AdamW step; the losses are compared before anything is timed:
+
+    .venv-dev/bin/python benchmarks/train_step.py --rounds 9
+
+speculators (PyTorch, CPU) runs as its trainer runs it, sdpa attention, cross-entropy, its forward compiled; where a
+step has several sequences it takes them in turn and then makes one AdamW step, as its packed rows are slow on a CPU. It
+makes each label from the target's last hidden state and the frozen head, where ours reads next_ids that the cache
+stores: what that would cost us is timed as a contestant of its own. Memory peaks are those of processes that do one
+thing (--memory).
+
+Without a reference, for another machine or other shapes: --alone, and the sizes as flags.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from common import (
+    Ratio,
+    Times,
+    Work,
+    machine,
+    matmul_work,
+    paired_ratio,
+    peak_flops,
+    peak_memory_bytes,
+    time_interleaved,
+    write_result,
+)
+from dflash_jax.core import load_tensors
+from dflash_jax.drafter import Drafter, DrafterConfig, StoredSequence, eligible_anchors, init_drafter, save_drafter
+from dflash_jax.nn import greedy_tokens
+from dflash_jax.train import TrainConfig, step_bytes
+from dflash_jax.train.loss import draw_anchors
+from dflash_jax.train.step import make_step, new_state
+
+MASK_ID = 1
+GAMMA = 4.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Options:
+    """What the command line says."""
+
+    tokens: int
+    anchors: int
+    block_size: int
+    layers: int
+    capture: int
+    hidden: int
+    intermediate: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocab: int
+    sequences: int
+    dtype: str
+    remat: bool
+    rounds: int
+    threads: int
+    ceiling_size: int
+    alone: bool
+    memory: str | None
+
+    @property
+    def drafter(self) -> DrafterConfig:
+        """The drafter's shapes."""
+        return DrafterConfig(
+            hidden_size=self.hidden,
+            intermediate_size=self.intermediate,
+            num_layers=self.layers,
+            num_heads=self.heads,
+            num_kv_heads=self.kv_heads,
+            head_dim=self.head_dim,
+            attention_bias=False,
+            rms_norm_eps=1e-5,
+            rope_theta=1e5,
+            max_positions=8192,
+            block_size=self.block_size,
+            mask_token_id=MASK_ID,
+            capture_layers=tuple(range(1, self.capture + 1)),
+            num_target_layers=self.capture + 2,
+            vocab_size=self.vocab,
+        )
+
+    def training(self, sequences: int) -> TrainConfig:
+        """A run whose denominator is that of speculators."""
+        return TrainConfig(
+            target=Path(),
+            cache=Path(),
+            out=Path(),
+            steps=1000,
+            block_size=self.block_size,
+            num_layers=self.layers,
+            sequences_per_step=sequences,
+            anchors_per_sequence=self.anchors,
+            loss_denominator="labels",
+            decay_gamma=GAMMA,
+            dtype="bfloat16" if self.dtype == "bfloat16" else "float32",
+            remat=self.remat,
+        )
+
+
+def parse(arguments: list[str] | None) -> Options:
+    """The command line; defaults are the issue's shapes, SmolLM2's."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    sizes = {
+        "tokens": 1024, "anchors": 64, "block-size": 8, "layers": 4, "capture": 4, "hidden": 576, "intermediate": 1536,
+        "heads": 9, "kv-heads": 3, "head-dim": 64, "vocab": 49152, "rounds": 9, "threads": 2,
+    }  # fmt: skip
+    for name, default in sizes.items():
+        parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--sequences", type=int, default=4, help="of the larger step; 1 is always timed")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    parser.add_argument("--remat", action="store_true")
+    parser.add_argument("--ceiling-size", type=int, help="rows of the large product: 2048 on a CPU, else 8192")
+    parser.add_argument("--alone", action="store_true", help="leave speculators out")
+    parser.add_argument("--memory", choices=["ours", "speculators"], help="only this, and its peak (used by itself)")
+    given = vars(parser.parse_args(arguments))
+    given["ceiling_size"] = given["ceiling_size"] or (2048 if jax.default_backend() == "cpu" else 8192)
+    return Options(**given)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class World:
+    """What both train on.
+
+    Attributes:
+        drafter: first weights.
+        head: the target's embedding and head, tied.
+        last_hidden: the target's last hidden states after its norm, whose greedy tokens are next_ids.
+        batch: the sequences, greedy text throughout, every token a response.
+    """
+
+    drafter: Drafter
+    head: jax.Array
+    last_hidden: jax.Array
+    batch: StoredSequence
+
+    def first(self, count: int) -> StoredSequence:
+        """The first sequences."""
+        return jax.tree_util.tree_map(lambda leaf: leaf[:count], self.batch)
+
+
+def make_world(options: Options) -> World:
+    """Random weights and features; text that follows the labels, so that every slot has one."""
+    keys = iter(jax.random.split(jax.random.key(0), 8))
+    count, tokens = options.sequences, options.tokens
+    config, kind = options.drafter, jnp.dtype(options.dtype)
+    head = jax.random.normal(next(keys), (options.vocab, options.hidden), jnp.float32) * 0.05
+    hidden = jax.random.normal(next(keys), (count, tokens, options.hidden), jnp.float32)
+    next_ids = jax.jit(greedy_tokens)(hidden, head)
+    token_ids = jnp.concatenate([jnp.full((count, 1), 2, jnp.int32), next_ids[:, :-1]], axis=1)
+    numbers = jnp.full(count, tokens, jnp.int32)
+    features = jax.random.normal(next(keys), (count, tokens, config.num_features), jnp.bfloat16)
+    batch = StoredSequence(
+        features=features.astype(kind),
+        token_ids=token_ids,
+        next_ids=next_ids,
+        length=numbers,
+        prompt_len=jnp.ones(count, jnp.int32),
+        limit=numbers * 2,
+        position_offset=numbers * 0,
+        # speculators' anchors leave room for a whole block behind them
+        features_len=numbers - options.block_size - 1,
+    )
+    drafter = jax.jit(lambda key: init_drafter(config, key=key))(next(keys))
+    return World(drafter=drafter, head=head.astype(kind), last_hidden=hidden, batch=batch)
+
+
+class Ours:
+    """Our step; its state goes on from call to call, as in training."""
+
+    def __init__(self, world: World, options: Options, *, sequences: int) -> None:
+        config = options.training(sequences)
+        self._state = new_state(jax.tree_util.tree_map(jnp.copy, world.drafter), config)
+        self._ends, self._batch = (world.head, world.head), world.first(sequences)
+        self._step = make_step(config)
+        self.seed = config.seed
+
+    def __call__(self) -> jax.Array:
+        """One step; returns its loss."""
+        self._state, result = self._step(self._state, *self._ends, self._batch)
+        return result.statistics.loss
+
+
+def first_anchors(world: World, options: Options, *, seed: int) -> np.ndarray:
+    """The anchors that our first step draws for its one sequence, rising."""
+    one = jax.tree_util.tree_map(lambda leaf: leaf[0], world.batch)
+    key = jax.random.split(jax.random.fold_in(jax.random.key(seed), 0), 1)[0]
+    anchors, valid = draw_anchors(eligible_anchors(one), options.anchors, key=key)
+    assert bool(valid.all()), "more tokens than anchors are needed"
+    return np.sort(np.asarray(anchors))
+
+
+class Speculators:
+    """speculators' DFlash model in its own training step: forward, backward, clip, AdamW."""
+
+    def __init__(self, world: World, options: Options, *, sequences: int) -> None:
+        import torch
+        from speculators.losses import resolve_loss_config
+        from speculators.models.dflash import core
+
+        torch.set_num_threads(options.threads)
+        self._torch, self._core = torch, core
+        self._model = _speculators_model(world, options)
+        trained = [weight for weight in self._model.parameters() if weight.requires_grad]
+        self._optimizer = torch.optim.AdamW(trained, lr=6e-4, betas=(0.9, 0.999), weight_decay=0.0)
+        self._trained = trained
+        self._forward = torch.compile(self._model.forward)
+        self._settings = {
+            "loss_config": resolve_loss_config("ce", "eager"),
+            "gamma": GAMMA,
+            "max_anchors": options.anchors,
+            "per_position_loss_weight": "fixed-exp-decay",
+        }
+        self._rows = [_torch_row(world, index, torch) for index in range(sequences)]
+
+    def loss(self, row: Mapping[str, Any]) -> Any:
+        """The loss of one sequence."""
+        return self._forward(**row, **self._settings)[1]
+
+    def loss_at(self, anchors: np.ndarray) -> float:
+        """The loss of the first sequence at given anchors, by the model's own forward."""
+        torch, drawn = self._torch, self._core.select_anchors
+        chosen = torch.from_numpy(anchors.astype(np.int64))
+        self._core.select_anchors = lambda *_: (chosen, torch.ones(len(anchors), dtype=torch.bool))
+        try:
+            with torch.no_grad():
+                return float(self._model.forward(**self._rows[0], **self._settings)[1])
+        finally:
+            self._core.select_anchors = drawn
+
+    def __call__(self) -> float:
+        """One step over all its sequences in turn; returns the last one's loss."""
+        loss = None
+        for row in self._rows:
+            loss = self.loss(row)
+            (loss / len(self._rows)).backward()
+        self._torch.nn.utils.clip_grad_norm_(self._trained, 1.0)
+        self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
+        assert loss is not None
+        return float(loss)
+
+
+def _torch_row(world: World, index: int, torch: Any) -> dict[str, Any]:
+    """One sequence as speculators' collator gives it: a row of one document."""
+    batch = jax.tree_util.tree_map(lambda leaf: np.asarray(leaf[index : index + 1], np.float32), world.first(index + 1))
+    tokens = batch.token_ids.shape[1]
+    return {
+        "hidden_states": torch.from_numpy(batch.features.copy()),
+        "input_ids": torch.from_numpy(batch.token_ids.astype(np.int64)),
+        "loss_mask": torch.ones(1, tokens, dtype=torch.long),
+        "verifier_last_hidden_states": torch.from_numpy(np.array(world.last_hidden[index : index + 1])),
+        "document_ids": torch.zeros(1, tokens, dtype=torch.long),
+    }
+
+
+def _speculators_model(world: World, options: Options) -> Any:
+    """Their model with our weights. Its target's norm is left out: the last hidden states come normed."""
+    import torch
+    from speculators.config import SpeculatorsConfig, VerifierConfig
+    from speculators.models.dflash import DFlashSpeculatorConfig
+    from speculators.models.dflash.core import DFlashDraftModel
+    from speculators.proposals.greedy import GreedyTokenProposalConfig
+    from transformers import Qwen3Config
+
+    layers = Qwen3Config(
+        vocab_size=options.vocab, hidden_size=options.hidden, intermediate_size=options.intermediate,
+        num_hidden_layers=options.layers, num_attention_heads=options.heads, num_key_value_heads=options.kv_heads,
+        head_dim=options.head_dim, rms_norm_eps=1e-5, max_position_embeddings=8192, attention_bias=False,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e5}, tie_word_embeddings=False,
+    )  # fmt: skip
+    layers._attn_implementation = "sdpa"
+    config = DFlashSpeculatorConfig(
+        transformer_layer_config=layers,
+        draft_vocab_size=options.vocab,
+        block_size=options.block_size,
+        aux_hidden_state_layer_ids=[layer + 1 for layer in options.drafter.capture_layers],
+        mask_token_id=MASK_ID,
+        speculators_config=SpeculatorsConfig(
+            algorithm="dflash",
+            proposal_methods=[GreedyTokenProposalConfig(speculative_tokens=options.block_size - 1)],
+            default_proposal_method="greedy",
+            verifier=VerifierConfig(name_or_path=None, architectures=["LlamaForCausalLM"]),
+        ),
+    )
+    model = DFlashDraftModel(config).to(torch.float32)
+    with tempfile.TemporaryDirectory() as folder:
+        save_drafter(world.drafter, Path(folder))
+        ours = {
+            name: torch.from_numpy(np.array(value, np.float32))
+            for name, value in load_tensors(Path(folder) / "model.safetensors", what="weights").items()
+        }
+    head = torch.from_numpy(np.array(world.head, np.float32))
+    ends = dict.fromkeys(("embed_tokens.weight", "lm_head.weight", "verifier_lm_head.weight"), head)
+    missing, unexpected = model.load_state_dict(ours | ends, strict=False)
+    assert not unexpected, f"speculators' model has no {unexpected}"
+    assert set(missing) <= {"verifier_norm.weight"}, f"speculators' model wants {missing} too"
+    # a frozen head is one tensor in its trainer as well: the three are tied here, which is to its advantage
+    model.lm_head.weight = model.verifier_lm_head.weight = model.embed_tokens.weight
+    model.verifier_norm = torch.nn.Identity()
+    return model.train()
+
+
+def flops(options: Options) -> dict[str, float]:
+    """FLOPs of a step of one sequence by formula: products of forward and backward, masked scores included.
+
+    Twice a product's numbers forward; backward twice that again, but for `fc`, whose input needs no gradient, and the
+    head, whose weights need none.
+    """
+    config, rows, tokens = options.drafter, options.anchors * options.block_size, options.tokens
+    hidden, inner = config.hidden_size, config.intermediate_size
+    q, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    drafted = options.anchors * (options.block_size - 1)
+    return {
+        "fc": 4.0 * tokens * config.num_features * hidden,
+        "context": 6.0 * options.layers * tokens * 2 * hidden * kv,
+        "layers": 6.0 * options.layers * rows * hidden * (2 * q + 2 * kv + 3 * inner),
+        "attention": 6.0 * options.layers * rows * 2 * q * (tokens + options.block_size),
+        "head": 4.0 * drafted * hidden * options.vocab,
+    }
+
+
+def sum_of(first: Times, second: Times) -> Times:
+    """Two contestants one after the other, round by round."""
+    return Times(
+        wall_s=tuple(a + b for a, b in zip(first.wall_s, second.wall_s, strict=True)),
+        cpu_s=tuple(a + b for a, b in zip(first.cpu_s, second.cpu_s, strict=True)),
+    )
+
+
+def scaled(ratio: Ratio, scale: float) -> Ratio:
+    """The ratio of rates where that of times is given."""
+    low, high = ratio.ci95
+    return replace(ratio, median=ratio.median * scale, ci95=(low * scale, high * scale))
+
+
+def measure_memory(options: Options, arguments: list[str]) -> dict[str, Any]:
+    """Peak of a process that does nothing but some steps, by contestant, one sequence and several."""
+    found: dict[str, Any] = {}
+    for name in ["ours"] if options.alone else ["ours", "speculators"]:
+        for sequences in sorted({1, options.sequences}):
+            command = [sys.executable, __file__, *arguments, "--memory", name, "--sequences", str(sequences)]
+            done = subprocess.run(command, capture_output=True, text=True, check=True)
+            found[f"{name}_{sequences}"] = json.loads(done.stdout.splitlines()[-1])["memory"]
+    return found
+
+
+def memory_alone(options: Options) -> None:
+    """Three steps of one contestant, then this process's peak."""
+    world = make_world(options)
+    contestant = (Ours if options.memory == "ours" else Speculators)(world, options, sequences=options.sequences)
+    for _ in range(3):
+        jax.block_until_ready(contestant())
+    write_result({"memory": peak_memory_bytes()})
+
+
+def compared(times: Mapping[str, Times], options: Options, ceiling_flops: float) -> dict[str, Any]:
+    """Ratios within rounds, by wall clock and by CPU seconds."""
+    many, one_flops = options.sequences, sum(flops(options).values())
+    result: dict[str, Any] = {}
+    for clock in ("wall_s", "cpu_s"):
+
+        def ratio(slow: Times, fast: Times, scale: float = 1.0, clock: Any = clock) -> Ratio:
+            return scaled(paired_ratio(slow, fast, clock=clock), scale)
+
+        ours = times["ours"]
+        found = {"share_of_ceiling": ratio(times["ceiling"], ours, one_flops / ceiling_flops)}
+        if many > 1:
+            found["per_anchor_at_many_over_one"] = ratio(times["ours_many"], ours, 1 / many)
+        if "speculators" in times:
+            found["speedup"] = ratio(times["speculators"], ours)
+            found["speedup_with_label_logits"] = ratio(times["speculators"], sum_of(ours, times["label_logits"]))
+            if many > 1:
+                found["speedup_at_many"] = ratio(times["speculators_many"], times["ours_many"])
+        found["label_logits_over_ours"] = ratio(times["label_logits"], ours)
+        result[clock] = found
+    return result
+
+
+def agreement(ours: float, theirs: float) -> dict[str, float]:
+    """The losses of both first steps."""
+    return {"ours": ours, "speculators": theirs, "relative_difference": abs(ours - theirs) / theirs}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run it; 1 where the losses of the two are not the same."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    options = parse(arguments)
+    if options.memory:
+        memory_alone(options)
+        return 0
+    about = machine(("jax", "jaxlib") if options.alone else ("jax", "jaxlib", "torch", "speculators"))
+    memory = measure_memory(options, arguments)
+    world, many = make_world(options), options.sequences
+    ours = Ours(world, options, sequences=1)
+    ceiling, ceiling_flops = matmul_work(size=options.ceiling_size, dtype=options.dtype)
+    labels = jax.jit(greedy_tokens)
+    rows = world.last_hidden[0, : options.anchors * options.block_size].astype(options.dtype)
+    work: dict[str, Work] = {"ours": ours, "ceiling": ceiling, "label_logits": lambda: labels(rows, world.head)}
+    result: dict[str, Any] = {"benchmark": "train_step", "machine": about}
+    agree = True
+    if not options.alone:
+        reference = Speculators(world, options, sequences=1)
+        theirs = reference.loss_at(first_anchors(world, options, seed=ours.seed))
+        result["first_loss"] = agreement(float(ours()), theirs)
+        agree = options.dtype == "bfloat16" or result["first_loss"]["relative_difference"] < 1e-4
+        work["speculators"] = reference
+    if many > 1:
+        work["ours_many"] = Ours(world, options, sequences=many)
+        if not options.alone:
+            work["speculators_many"] = Speculators(world, options, sequences=many)
+    times = time_interleaved(work, rounds=options.rounds, warmups=2)
+    result |= {
+        "rates": rates(times, options),
+        "ratio": compared(times, options, ceiling_flops),
+        "flops": flops(options),
+    }
+    one, peak = sum(flops(options).values()), peak_flops()
+    result["matmul_flops_per_s"] = ceiling_flops / times["ceiling"].median()
+    result["mfu"] = None if peak is None else one / times["ours"].median() / peak
+    result["memory"] = memory
+    result["said_bytes"] = {
+        f"{count}": step_bytes(options.drafter, options.training(count), width=options.tokens, tied=True).total
+        for count in sorted({1, many})
+    }
+    for name, part in times.items():
+        sys.stderr.write(f"{name:18} {part.median():8.3f} s   {part.median('cpu_s'):8.3f} CPU s\n")
+    write_result(result)
+    return 0 if agree else 1
+
+
+def rates(times: Mapping[str, Times], options: Options) -> dict[str, dict[str, float]]:
+    """Medians, and anchors a second where a contestant has anchors."""
+    anchors = {"ours": 1, "speculators": 1, "ours_many": options.sequences, "speculators_many": options.sequences}
+    found = {}
+    for name, part in times.items():
+        wall, cpu = part.median("wall_s"), part.median("cpu_s")
+        found[name] = {"wall_s": wall, "cpu_s": cpu}
+        if name in anchors:
+            count = anchors[name] * options.anchors
+            found[name] |= {"anchors_per_s": count / wall, "anchors_per_cpu_s": count / cpu}
+    return found
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,234 @@
+"""Attention of drafted blocks over the shared context of their sequence, forward and backward, a few blocks at a time.
+
+Scores and masks exist for a chunk of blocks only. The backward pass makes them anew from what the forward pass left:
+its output and each query's logsumexp, as flash attention does (arXiv 2205.14135, section 3.1 and appendix B.2).
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Int32
+
+# Scores over the context that one sequence has at once, float32: 8 MiB, which a CPU's caches still soften. An
+# accelerator, where launching a chunk costs as much as computing a small one, has 256 MiB of them.
+SCORES_PER_CHUNK = 2**21
+_ON_ACCELERATORS = 32
+_MASKED = -1e30  # finite, so that a query that sees nothing gives zeros through its zero weights and not NaN
+
+
+def anchors_per_chunk(anchors: int, *, block: int, heads: int, context: int) -> int:
+    """Return how many blocks' scores exist at once on this backend: one block's at least.
+
+    The largest number that divides the anchors, unless it is less than half of the possible: then the last chunk is
+    filled up.
+    """
+    scores = SCORES_PER_CHUNK * (1 if jax.default_backend() == "cpu" else _ON_ACCELERATORS)
+    most = max(1, scores // max(1, block * heads * context))
+    if anchors <= most:
+        return max(1, anchors)
+    even = next(size for size in range(most, 0, -1) if anchors % size == 0)
+    return even if 2 * even > most else -(-anchors // -(-anchors // most))
+
+
+class _Blocks(NamedTuple):
+    """What belongs to each block: axis 0 of every leaf is the anchor. Queries are grouped by the head they share."""
+
+    q: Float[Array, "anchor kv_heads query head_dim"]  # query: slots times the heads of a group
+    k: Float[Array, "anchor kv_heads block head_dim"]
+    v: Float[Array, "anchor kv_heads block head_dim"]
+    context_lengths: Int32[Array, " anchor"]
+    block_lengths: Int32[Array, " anchor"]
+
+
+class _Context(NamedTuple):
+    """What all blocks share."""
+
+    k: Float[Array, "kv_heads context head_dim"]
+    v: Float[Array, "kv_heads context head_dim"]
+
+
+class _Output(NamedTuple):
+    """The attention's result, and what its backward pass wants to know of the softmax."""
+
+    values: Float[Array, "anchor kv_heads query head_dim"]
+    logsumexp: Float[Array, "anchor kv_heads query"]
+
+
+def _heads_first(tree: Any) -> Any:
+    """Axes 0 and 1 turned round where both are there: products over the heads then need no transposed scores."""
+    return jax.tree_util.tree_map(lambda leaf: leaf.swapaxes(0, 1) if leaf.ndim > 1 else leaf, tree)
+
+
+def _product(terms: str, *operands: Float[Array, "..."]) -> Float[Array, "..."]:
+    return jnp.einsum(terms, *operands, preferred_element_type=jnp.float32)
+
+
+def _masked(scores: Float[Array, "kv_heads anchor query key"], lengths: Int32[Array, " anchor"]) -> Array:
+    """Scores of the first `lengths` keys; the others can take no weight."""
+    seen = jnp.arange(scores.shape[-1], dtype=jnp.int32)[None] < lengths[:, None]
+    return jnp.where(seen[None, :, None], scores, _MASKED)
+
+
+def _scores(
+    blocks: _Blocks, context: _Context
+) -> tuple[Float[Array, "kv_heads anchor query context"], Float[Array, "kv_heads anchor query block"]]:
+    """Scores over the context and over the block's own slots; blocks are heads-first."""
+    scale = blocks.q.shape[-1] ** -0.5
+    far = _product("kaqd,kcd->kaqc", blocks.q, context.k) * scale
+    near = _product("kaqd,kasd->kaqs", blocks.q, blocks.k) * scale
+    return _masked(far, blocks.context_lengths), _masked(near, blocks.block_lengths)
+
+
+def _attend(blocks: _Blocks, context: _Context) -> _Output:
+    blocks = _heads_first(blocks)
+    far, near = _scores(blocks, context)
+    top = jnp.maximum(far.max(axis=-1, initial=_MASKED), near.max(axis=-1))
+    # where nothing is seen every score is the mask's, and each weight must be zero all the same
+    top = jnp.where(top == _MASKED, 0.0, top)
+    far, near = jnp.exp(far - top[..., None]), jnp.exp(near - top[..., None])
+    total = far.sum(axis=-1) + near.sum(axis=-1)
+    total = jnp.where(total == 0, 1.0, total)
+    values = _product("kaqc,kcd->kaqd", far.astype(context.v.dtype), context.v)
+    values += _product("kaqs,kasd->kaqd", near.astype(blocks.v.dtype), blocks.v)
+    values = (values / total[..., None]).astype(blocks.q.dtype)
+    return _heads_first(_Output(values=values, logsumexp=top + jnp.log(total)))
+
+
+class _Slopes(NamedTuple):
+    """Gradients of what belongs to each block."""
+
+    q: Float[Array, "anchor kv_heads query head_dim"]
+    k: Float[Array, "anchor kv_heads block head_dim"]
+    v: Float[Array, "anchor kv_heads block head_dim"]
+
+
+def _attend_backward(
+    blocks: _Blocks, context: _Context, output: _Output, slope: Float[Array, "anchor kv_heads query head_dim"]
+) -> tuple[_Context, _Slopes]:
+    """What some blocks add to the gradient of the context, float32, and their own gradients.
+
+    With weights P = exp(scores - logsumexp) and slope G of the output O: dV = P' G, dP = G V', and
+    dscores = P * (dP - sum(G * O)).
+    """
+    blocks, output, slope = _heads_first((blocks, output, slope))
+    scale, narrow = blocks.q.shape[-1] ** -0.5, blocks.q.dtype
+    far, near = (jnp.exp(part - output.logsumexp[..., None]) for part in _scores(blocks, context))
+    common = _product("kaqd,kaqd->kaq", slope, output.values)[..., None]
+    far_slope = far * (_product("kaqd,kcd->kaqc", slope, context.v) - common) * scale
+    near_slope = near * (_product("kaqd,kasd->kaqs", slope, blocks.v) - common) * scale
+    far, near, far_slope, near_slope = (part.astype(narrow) for part in (far, near, far_slope, near_slope))
+    shared = _Context(k=_product("kaqc,kaqd->kcd", far_slope, blocks.q), v=_product("kaqc,kaqd->kcd", far, slope))
+    mine = _Slopes(
+        q=_product("kaqc,kcd->kaqd", far_slope, context.k) + _product("kaqs,kasd->kaqd", near_slope, blocks.k),
+        k=_product("kaqs,kaqd->kasd", near_slope, blocks.q),
+        v=_product("kaqs,kaqd->kasd", near, slope),
+    )
+    return shared, _heads_first(jax.tree_util.tree_map(lambda part: part.astype(narrow), mine))
+
+
+def _chunked(tree: Any, size: int, num_chunks: int) -> Any:
+    """Leaves with axis 0 cut into chunks; the last one is filled up with zeros: blocks that see nothing."""
+
+    def cut(leaf: Array) -> Array:
+        pad = size * num_chunks - leaf.shape[0]
+        filled = jnp.pad(leaf, ((0, pad), *[(0, 0)] * (leaf.ndim - 1)))
+        return filled.reshape(num_chunks, size, *leaf.shape[1:])
+
+    return jax.tree_util.tree_map(cut, tree)
+
+
+def _in_chunks(step: Callable[[Any, Any], Any], carry: Any, tree: Any, *, queries: int, context: int) -> Any:
+    """Scan `step` over chunks of axis 0 of a tree; `queries`: those of a block, over all heads."""
+    anchors = jax.tree_util.tree_leaves(tree)[0].shape[0]
+    size = anchors_per_chunk(anchors, block=queries, heads=1, context=context)
+    if anchors <= size:
+        return step(carry, tree)
+    num_chunks = -(-anchors // size)
+    carry, out = lax.scan(step, carry, _chunked(tree, size, num_chunks))
+    return carry, jax.tree_util.tree_map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:])[:anchors], out)
+
+
+@jax.custom_vjp
+def _attention(blocks: _Blocks, context: _Context) -> Float[Array, "anchor kv_heads query head_dim"]:
+    return _attention_forward(blocks, context)[0]
+
+
+def _attention_forward(blocks: _Blocks, context: _Context):  # noqa: ANN202  (a custom_vjp's pair)
+    queries = blocks.q.shape[1] * blocks.q.shape[2]
+    _, output = _in_chunks(
+        lambda carry, chunk: (carry, _attend(chunk, context)), (), blocks, queries=queries, context=context.k.shape[1]
+    )
+    return output.values, (blocks, context, output)
+
+
+def _attention_backward(kept: tuple[_Blocks, _Context, _Output], slope: Float[Array, "..."]):  # noqa: ANN202
+    blocks, context, output = kept
+
+    def step(total: _Context, chunk: tuple[_Blocks, _Output, Float[Array, "..."]]):  # noqa: ANN202
+        shared, mine = _attend_backward(chunk[0], context, *chunk[1:])
+        return jax.tree_util.tree_map(jnp.add, total, shared), mine
+
+    zeros = _Context(*(jnp.zeros(part.shape, jnp.float32) for part in context))
+    queries = blocks.q.shape[1] * blocks.q.shape[2]
+    shared, mine = _in_chunks(step, zeros, (blocks, output, slope), queries=queries, context=context.k.shape[1])
+    shared = jax.tree_util.tree_map(lambda part, like: part.astype(like.dtype), shared, context)
+    return _Blocks(*mine, context_lengths=None, block_lengths=None), shared  # pyright: ignore[reportArgumentType]
+
+
+_attention.defvjp(_attention_forward, _attention_backward)
+
+
+def block_attention(
+    q: Float[Array, "*batch anchor block heads head_dim"],
+    context_k: Float[Array, "*batch kv_heads context head_dim"],
+    context_v: Float[Array, "*batch kv_heads context head_dim"],
+    context_lengths: Int32[Array, "*batch anchor"],
+    block_k: Float[Array, "*batch anchor block kv_heads head_dim"],
+    block_v: Float[Array, "*batch anchor block kv_heads head_dim"],
+    block_lengths: Int32[Array, "*batch anchor"],
+) -> Float[Array, "*batch anchor block heads head_dim"]:
+    """Attention of every block over the one context of its sequence and over its own slots, one softmax for both.
+
+    The life of a slot's attention, for context 4, anchors 2 and 4, block 2 (`x` seen; columns: context rows, then the
+    slots of block 0, then those of block 1):
+
+        block 0 (anchor 2)   x x . .   x x   . .
+        block 1 (anchor 4)   x x x x   . .   x x
+
+    The context is not copied per block, no other block's slots are ever scored, and scores and masks exist for
+    `anchors_per_chunk` blocks of a sequence at a time, backward too. Scores, softmax and sums are float32; products are
+    of `q`'s dtype. Where nothing is seen the result is zero.
+
+    Args:
+        q: queries of each block's slots, after q_norm and RoPE.
+        context_k: keys of the context rows, shared by all blocks, after k_norm and RoPE.
+        context_v: values of the context rows.
+        context_lengths: how many context rows a block sees, the first ones: its anchor's index.
+        block_k: keys of each block's own slots, after k_norm and RoPE.
+        block_v: values of each block's own slots.
+        block_lengths: how many slots of a block exist, the first ones (a block is shortened at the token budget).
+
+    **Source:** DFlash paper (arXiv 2602.06036) section 3 and z-lab/dflash@44947fb:dflash/model.py, one block at a time
+    there.
+    """
+    *batch, anchors, block, heads, head_dim = q.shape
+    kv_heads = context_k.shape[-3]
+
+    def one(q: Array, block_k: Array, block_v: Array, contexts: Array, lengths: Array, k: Array, v: Array) -> Array:
+        grouped = q.reshape(anchors, block, kv_heads, heads // kv_heads, head_dim).swapaxes(1, 2)
+        blocks = _Blocks(
+            q=grouped.reshape(anchors, kv_heads, -1, head_dim),
+            k=block_k.swapaxes(1, 2),
+            v=block_v.swapaxes(1, 2),
+            context_lengths=contexts,
+            block_lengths=lengths,
+        )
+        out = _attention(blocks, _Context(k=k, v=v))
+        return out.reshape(grouped.shape).swapaxes(1, 2).reshape(anchors, block, heads, head_dim)
+
+    for _ in batch:
+        one = jax.vmap(one)
+    return one(q, block_k, block_v, context_lengths, block_lengths, context_k, context_v)

@@ -1,0 +1,205 @@
+"""Attention of blocks: against plain loops, in chunks and in one, forward and backward."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dflash_jax.nn import anchors_per_chunk, block_attention
+from oracles import attention as oracle
+
+blocks = jax.jit(block_attention)
+
+
+def normal(seed, *shape):
+    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+
+
+def block_inputs(*, anchors=3, block=4, heads=6, kv_heads=2, context=5, head_dim=4):
+    q = normal(4, anchors, block, heads, head_dim) * 2
+    context_k, context_v = (normal(seed, kv_heads, context, head_dim) for seed in (5, 6))
+    block_k, block_v = (normal(seed, anchors, block, kv_heads, head_dim) for seed in (7, 8))
+    return q, (context_k, context_v), (block_k, block_v)
+
+
+def run_blocks(q, context, context_lengths, block, block_lengths):
+    lengths = (jnp.array(some, jnp.int32) for some in (context_lengths, block_lengths))
+    return np.asarray(
+        blocks(jnp.asarray(q), *map(jnp.asarray, context), next(lengths), *map(jnp.asarray, block), next(lengths))
+    )
+
+
+def first(lengths, size):
+    """A mask of the first `lengths` columns."""
+    return np.arange(size)[None] < np.asarray(lengths)[:, None]
+
+
+@pytest.mark.parametrize(("heads", "kv_heads"), [(6, 2), (3, 3)])
+def test_block_attention_is_the_plain_loop(heads, kv_heads):
+    q, context, block = block_inputs(heads=heads, kv_heads=kv_heads)
+    got = run_blocks(q, context, [0, 3, 5], block, [4, 2, 3])
+    want = oracle.block_attention(q, context, first([0, 3, 5], 5), block, first([4, 2, 3], 4))
+    np.testing.assert_allclose(got, want, atol=1e-6)  # measured 2.3e-7
+
+
+DRAWN = """
+    x x . .   x x   . .
+    x x x x   . .   x x
+"""
+
+
+def test_a_block_sees_what_is_drawn():
+    seen = [[mark == "x" for mark in line.split()] for line in DRAWN.split("\n") if line.strip()]
+    assert [" ".join(line.split()) for line in DRAWN.strip().split("\n")] == [
+        " ".join(line.split(")", 1)[1].split())
+        for line in (block_attention.__doc__ or "").split("\n")
+        if "(anchor " in line
+    ], "the drawing of the docstring is the one tested"
+    q, context, block = block_inputs(anchors=2, block=2, context=4)
+    before = run_blocks(q, context, [2, 4], block, [2, 2])
+    for column in range(8):
+        for part in range(2):  # keys, then values
+            changed_context, changed_block = [c.copy() for c in context], [b.copy() for b in block]
+            if column < 4:
+                changed_context[part][:, column] += 1
+            else:
+                changed_block[part][(column - 4) // 2, (column - 4) % 2] += 1
+            after = run_blocks(q, changed_context, [2, 4], changed_block, [2, 2])
+            for number in range(2):
+                changed = (after[number] != before[number]).any(axis=(1, 2))  # per slot
+                assert changed.tolist() == [seen[number][column]] * 2, (column, part, number)
+
+
+def test_a_slot_that_does_not_exist_is_seen_by_none():
+    q, context, block = block_inputs()
+    before = run_blocks(q, context, [5, 5, 5], block, [2, 2, 2])
+    block[0][:, 2:], block[1][:, 2:] = 3e37, -3e37
+    np.testing.assert_array_equal(run_blocks(q, context, [5, 5, 5], block, [2, 2, 2]), before)
+
+
+def loss_and_slopes(q, context, context_lengths, block, block_lengths, weights):
+    """A weighted sum of the outputs, and its gradients with respect to q, context and block."""
+
+    def total(q, context, block):
+        out = block_attention(
+            q, *context, jnp.array(context_lengths, jnp.int32), *block, jnp.array(block_lengths, jnp.int32)
+        )
+        return jnp.sum(out.astype(jnp.float32) * weights)
+
+    trees = jax.tree.map(jnp.asarray, (q, context, block))
+    return jax.tree.map(np.asarray, jax.jit(jax.value_and_grad(total, argnums=(0, 1, 2)))(*trees))
+
+
+def test_a_block_that_sees_nothing_gives_zeros_and_finite_gradients():
+    q, context, block = block_inputs()
+    lengths = [0, 5, 5], [0, 4, 4]
+    assert not run_blocks(q, context, lengths[0], block, lengths[1])[0].any()
+    _, (q_slope, *others) = loss_and_slopes(q, context, lengths[0], block, lengths[1], normal(9, *q.shape))
+    assert not q_slope[0].any()
+    assert q_slope[1].any()
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(others))
+
+
+def plain(q, context, context_lengths, block, block_lengths):
+    """The same by a dense softmax that jax differentiates, scores of all blocks at once."""
+    heads_per_kv = q.shape[2] // context[0].shape[0]
+    far_k, far_v = (jnp.repeat(part, heads_per_kv, axis=0) for part in context)
+    near_k, near_v = (jnp.repeat(part, heads_per_kv, axis=2) for part in block)
+    far = jnp.where(
+        first(context_lengths, far_k.shape[1])[:, None, None], jnp.einsum("ashd,hcd->ahsc", q, far_k), -jnp.inf
+    )
+    near = jnp.where(
+        first(block_lengths, q.shape[1])[:, None, None], jnp.einsum("ashd,athd->ahst", q, near_k), -jnp.inf
+    )
+    weights = jax.nn.softmax(jnp.concatenate([far, near], axis=-1) / np.sqrt(q.shape[-1]), axis=-1)
+    far, near = jnp.split(weights, [far.shape[-1]], axis=-1)
+    return jnp.einsum("ahsc,hcd->ashd", far, far_v) + jnp.einsum("ahst,athd->ashd", near, near_v)
+
+
+@pytest.mark.parametrize("limit", [2**21, 3 * 4 * 6 * 5, 1])  # one chunk; three blocks of seven at once, then one
+def test_gradients_are_jaxs_of_the_dense_softmax_however_many_chunks(limit, monkeypatch):
+    monkeypatch.setattr("dflash_jax.nn.blocks.SCORES_PER_CHUNK", limit)
+    q, context, block = block_inputs(anchors=7)
+    lengths = [0, 3, 5, 1, 2, 5, 4], [4, 2, 3, 1, 4, 4, 4]
+    weights = normal(9, *q.shape)
+    loss, slopes = loss_and_slopes(q, context, lengths[0], block, lengths[1], weights)
+    trees = jax.tree.map(jnp.asarray, (q, context, block))
+    want, want_slopes = jax.value_and_grad(
+        lambda q, context, block: jnp.sum(plain(q, context, lengths[0], block, lengths[1]) * weights), argnums=(0, 1, 2)
+    )(*trees)
+    assert loss == pytest.approx(float(want), rel=1e-5)
+    for got, wanted in zip(jax.tree.leaves(slopes), jax.tree.leaves(want_slopes), strict=True):
+        np.testing.assert_allclose(got, wanted, atol=2e-6 * max(1, np.abs(wanted).max()))
+
+
+def test_gradients_are_the_slopes_of_the_plain_loop():
+    q, context, block = block_inputs()
+    lengths, weights = ([0, 3, 5], [4, 2, 3]), normal(9, *q.shape)
+    _, slopes = loss_and_slopes(q, context, lengths[0], block, lengths[1], weights)
+    leaves, structure = jax.tree.flatten((q, context, block))
+    direction = [normal(20 + i, *leaf.shape) for i, leaf in enumerate(leaves)]
+
+    def moved(step):
+        new = [leaf.astype(np.float64) + step * way for leaf, way in zip(leaves, direction, strict=True)]
+        q, context, block = jax.tree.unflatten(structure, new)
+        return (oracle.block_attention(q, context, first(lengths[0], 5), block, first(lengths[1], 4)) * weights).sum()
+
+    slope = (moved(1e-5) - moved(-1e-5)) / 2e-5
+    along = sum((got * way).sum() for got, way in zip(jax.tree.leaves(slopes), direction, strict=True))
+    assert along == pytest.approx(slope, rel=1e-4)
+
+
+def test_a_batch_is_its_sequences_one_by_one():
+    q, context, block = block_inputs(anchors=6)
+    halves = [(q[i : i + 3], context, block[0][i : i + 3], block[1][i : i + 3]) for i in (0, 3)]
+    lengths = jnp.array([[0, 3, 5], [1, 2, 4]], jnp.int32), jnp.array([[4, 2, 3], [1, 4, 4]], jnp.int32)
+    stacked = jax.tree.map(lambda *parts: jnp.stack(parts), *halves)
+    out = blocks(stacked[0], *stacked[1], lengths[0], *stacked[2:], lengths[1])
+    for row, (q, context, *block) in enumerate(halves):
+        alone = run_blocks(q, context, lengths[0][row], block, lengths[1][row])
+        np.testing.assert_allclose(out[row], alone, atol=1e-6)
+
+
+def test_bfloat16_products_have_float32_sums_and_bfloat16_gradients():
+    q, context, block = jax.tree.map(lambda part: part.astype(jnp.bfloat16), block_inputs(context=400))
+    lengths, weights = ([400, 3, 90], [4, 2, 3]), normal(9, *q.shape)
+    _, slopes = loss_and_slopes(q, context, lengths[0], block, lengths[1], weights)
+    exact = jax.tree.map(lambda part: part.astype(np.float32), (q, context, block))
+    _, want = loss_and_slopes(exact[0], exact[1], lengths[0], exact[2], lengths[1], weights)
+    for got, wanted in zip(jax.tree.leaves(slopes), jax.tree.leaves(want), strict=True):
+        assert got.dtype == jnp.bfloat16
+        # weights, their slopes and the result are rounded to 2^-9 each
+        np.testing.assert_allclose(got.astype(np.float32), wanted, atol=1.5e-2 * np.abs(wanted).max())
+
+
+def test_chunks_are_equal_and_within_the_limit():
+    # 64 blocks of 8 slots and 9 heads over 1024 rows: 73728 scores a block, so at most 28 blocks; four chunks of 16
+    assert anchors_per_chunk(64, block=8, heads=9, context=1024) == 16
+    assert anchors_per_chunk(67, block=8, heads=9, context=1024) == 23  # a prime: three chunks, filled up by two
+    assert anchors_per_chunk(64, block=8, heads=9, context=64) == 64
+    assert anchors_per_chunk(5, block=8, heads=64, context=10**6) == 1  # one block is the least
+
+
+def largest_array(jaxpr):
+    """Elements of the largest array that a jaxpr makes, inside loops and calls too."""
+    sizes = [math.prod(out.aval.shape) for equation in jaxpr.eqns for out in equation.outvars]
+    inner = [
+        largest_array(getattr(value, "jaxpr", value))
+        for equation in jaxpr.eqns
+        for value in jax.tree.leaves(
+            list(equation.params.values()), is_leaf=lambda v: hasattr(v, "jaxpr") or hasattr(v, "eqns")
+        )
+        if hasattr(value, "jaxpr") or hasattr(value, "eqns")
+    ]
+    return max(sizes + inner, default=0)
+
+
+def test_scores_and_masks_exist_for_a_chunk_of_blocks_alone():
+    # 512 anchors of 8 slots, 8 heads, a context of 3072: 100 million scores, of which 2 million exist at once
+    shapes = [(512, 8, 8, 16), (2, 3072, 16), (2, 3072, 16), (512,), (512, 8, 2, 16), (512, 8, 2, 16), (512,)]
+    dtypes = [jnp.float32] * 3 + [jnp.int32] + [jnp.float32] * 2 + [jnp.int32]
+    arguments = [jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in zip(shapes, dtypes, strict=True)]
+    slope = jax.grad(lambda *a: block_attention(*a).sum(), argnums=(0, 1, 2, 4, 5))
+    assert largest_array(jax.make_jaxpr(slope)(*arguments).jaxpr) <= 2**21
