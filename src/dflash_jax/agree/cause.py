@@ -160,14 +160,22 @@ def judge_label(logits: Float[np.ndarray, " vocab"], *, text: int, stored: int, 
 class Examiner:
     """Exchanges features, drafter and labels at an anchor of a stored text."""
 
-    def __init__(self, target: Target, checked: Drafter, served: Drafter, *, block_size: int) -> None:
-        """Bind decoding's target, the checked drafter and the one that decodes (the same object where it is one)."""
+    def __init__(self, target: Target, checked: Drafter, served: Drafter, *, block_size: int, longest: int) -> None:
+        """Bind what all texts share.
+
+        Args:
+            target: decoding's.
+            checked: the drafter that the replay drafts with.
+            served: the drafter that decodes; the same object where it is the same drafter.
+            block_size: positions per block.
+            longest: tokens of the longest text that will be examined; all are padded to it, and one shape is compiled.
+        """
         self._target, self._checked, self._served, self._block_size = target, checked, served, block_size
+        self._width = -(-longest // _WIDTH) * _WIDTH
         self._last: tuple[Sequence, Fresh] | None = None
 
     def _padded(self, text: Sequence) -> Int32[Array, " seq"]:
-        width = -(-len(text.token_ids) // _WIDTH) * _WIDTH
-        return jnp.asarray(np.pad(np.asarray(text.token_ids), (0, width - len(text.token_ids))))
+        return jnp.asarray(np.pad(np.asarray(text.token_ids), (0, self._width - len(text.token_ids))))
 
     def fresh(self, text: Sequence) -> Fresh:
         """Return a text through decoding's target; the last one is kept."""
@@ -192,8 +200,7 @@ class Examiner:
 
     def _stored(self, text: Sequence) -> Float[Array, "seq features"]:
         features = np.asarray(text.features, np.float32)
-        width = -(-len(features) // _WIDTH) * _WIDTH
-        return jnp.asarray(np.pad(features, ((0, width - len(features)), (0, 0))))
+        return jnp.asarray(np.pad(features, ((0, self._width - len(features)), (0, 0))))
 
     def draft(
         self, text: Sequence, parting: Parting, *, drafted: Int32[np.ndarray, " drafted"] | None, limit: int

@@ -55,7 +55,7 @@ class Online:
             stop_ids=self.stop_ids,
             max_new_tokens=self.max_new_tokens,
             batch_size=min(self.batch_size, len(prompts)),
-            prompt_bucket=self._width(prompts),
+            prompt_bucket=self.width(prompts),
         )
         done: dict[int, Decoded] = {}
         for offset in sorted({prompt.position_offset for prompt in prompts}):
@@ -72,8 +72,8 @@ class Online:
                 progress(len(done), len(prompts), f"decoded at offset {offset:,}")
         return [done[place] for place in range(len(prompts))]
 
-    def _width(self, prompts: Sequence[Prompt]) -> int:
-        """One padded width for all prompts: few compile."""
+    def width(self, prompts: Sequence[Prompt]) -> int:
+        """Return one padded width for all prompts, so that one shape is compiled."""
         return -(-max(len(prompt.ids) for prompt in prompts) // PROMPT_BUCKET) * PROMPT_BUCKET
 
     def drafts(self, prompt: Prompt, anchors: Sequence[int], *, width: int) -> dict[int, Int32[np.ndarray, " drafted"]]:

@@ -13,7 +13,7 @@ from dflash_jax.accept import SequenceResult, check_block_size, check_fit, evalu
 from dflash_jax.agree.blocks import Comparison, Parting, compare_chains
 from dflash_jax.agree.cause import Cause, Examiner
 from dflash_jax.agree.config import AgreeConfig
-from dflash_jax.agree.online import PROMPT_BUCKET, Online, Prompt
+from dflash_jax.agree.online import Online, Prompt
 from dflash_jax.cache import Cache, Sequence, open_cache
 from dflash_jax.core import InputError, Move, make_record, no_progress
 from dflash_jax.decode import Decoded
@@ -166,12 +166,20 @@ class _Agreement:
 
     def examine(self, texts: SequenceOf[_Text], progress: Move) -> list[dict[str, Any]]:
         """Every difference with its cause."""
-        examiner = Examiner(self.online.target, self.checked, self.served, block_size=self.block_size)
         different = [one for one in texts if one.compared.partings]
+        if not different:
+            return []
+        examiner = Examiner(
+            self.online.target,
+            self.checked,
+            self.served,
+            block_size=self.block_size,
+            longest=max(len(one.stored.token_ids) for one in different),
+        )
+        width = self.online.width([_prompt(one.stored) for one in different])
         found: list[dict[str, Any]] = []
         for done, one in enumerate(different, start=1):
             anchors = [parting.anchor for parting in one.compared.partings if parting.kind == "draft"]
-            width = -(-one.stored.prompt_len // PROMPT_BUCKET) * PROMPT_BUCKET
             drafted = self.online.drafts(_prompt(one.stored), anchors, width=width) if anchors else {}
             for parting in one.compared.partings:
                 cause = self._cause(examiner, one, parting, drafted.get(parting.anchor))
