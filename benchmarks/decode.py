@@ -150,9 +150,12 @@ def contestants(runs: Runs, prompts: list[list[int]], accepts: list[int], others
         **{kind: partial(runs.passes_of, kind) for kind in ("t_plain", "t_draft", "t_verify")},
     }
     if others is not None:
+        width = runs.batches[0].tokens.shape[1]
         groups = [prompts[first : first + size] for first in range(0, len(prompts), size)]
         for name, compiled in others.forms.items():
-            generate = Generate(model=others.hf_target, batches=groups, compiled=compiled)
+            generate = Generate(
+                model=others.hf_target, batches=groups, compiled=compiled, width=width if compiled else None
+            )
             work[f"{name}_prefill"] = partial(generate, 1)
             work[name] = partial(generate, runs.new_tokens)
         if size == 1:

@@ -38,11 +38,13 @@ class Generate:
         batches: prompts, some at a time.
         compiled: static cache and torch.compile, its fastest form where a kernel launch or a Python step costs; else
             its default.
+        width: tokens that prompts are padded to, one shape to compile; None pads a batch to its longest.
     """
 
     model: Any
     batches: Sequence[Sequence[Sequence[int]]]
     compiled: bool
+    width: int | None
 
     def __call__(self, new_tokens: int) -> list[list[int]]:
         """Every prompt's new tokens."""
@@ -57,7 +59,7 @@ class Generate:
             options |= {"cache_implementation": "static", "compile_config": compile_config}
         found = []
         for prompts in self.batches:
-            width = max(map(len, prompts))
+            width = self.width or max(map(len, prompts))
             ids = torch.tensor([[0] * (width - len(prompt)) + list(prompt) for prompt in prompts])
             mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
             with torch.inference_mode():
