@@ -139,6 +139,44 @@ def parity(**changes: Any) -> dict[str, Any]:
     return document | changes
 
 
+def agree(**changes: Any) -> dict[str, Any]:
+    """An agreement that two near ties of a bfloat16 cache spoil, and one label."""
+
+    def difference(cause: str, **more: Any) -> dict[str, Any]:
+        one = {"prompt": "00c0ffee00c0ffee", "sequence_index": 3, "ctx_pos_start": 4096, "anchor": 131, "slot": 2}
+        one |= {"kind": "draft", "tokens": {"offline": 260, "online": 284}, "text": {"offline": " a", "online": "\n"}}
+        one |= {"label": 260, "committed": {"offline": 3, "online": 2}, "margin": 0.0123, "logit_scale": 21.5}
+        one |= {"feature_drift": 1.6e-3, "cause": cause, "found": f"what was found of {cause}", "num_blocks": 2}
+        return one | more
+
+    def offset(equal: int, differences: int) -> dict[str, Any]:
+        row = {"num_blocks": 400, "num_equal": equal, "num_differences": differences, "num_texts": 12}
+        return row | {"replay_tau_micro": 1.5, "decode_tau_micro": 1.502}
+
+    label = difference(
+        "label", kind="token", tokens={"offline": 5, "online": None}, text={"offline": "x", "online": None}
+    )
+    document = {
+        "num_blocks": 800,
+        "num_equal": 794,
+        "differences": [difference("features"), difference("features", margin=None), label],
+        "causes": {"label": 1, "features": 2},
+        "replay": {"tau_micro": 1.5, "tau_macro": 1.51},
+        "decode": {"tau_micro": 1.501, "tau_macro": 1.512},
+        "by_ctx_pos_start": {"4096": offset(394, 3), "0": offset(400, 0)},
+        "num_prompts": 12,
+        "num_texts": 24,
+        "block_size": 8,
+        "cache": "demo/cache-heldout",
+        "features_dtype": "bfloat16",
+        "drafter": "demo/run/run-600",
+        "served_drafter": None,
+        "rope": "exact",
+        "warnings": ["the cache's fingerprint differs in rope"],
+    }
+    return document | changes
+
+
 def decode(**changes: Any) -> dict[str, Any]:
     """A decode --compare record."""
     document = {"tokens_equal": True, "tau_micro": 1.482, "tau_macro": 1.513, "tokens_per_s": 71.4}
@@ -212,6 +250,7 @@ class Builder:
 
     bucket = staticmethod(bucket)
     check = staticmethod(check)
+    agree = staticmethod(agree)
     parity = staticmethod(parity)
     decode = staticmethod(decode)
     detail = staticmethod(detail)

@@ -5,6 +5,7 @@ turns is not compiled in works off items of `group` sequences x `anchor` anchors
 have the same number of rows whether there are many anchors per sequence or few.
 """
 
+from collections.abc import Collection
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, replace
 from functools import partial
@@ -193,12 +194,16 @@ def _rivals(cache: Cache, jobs: SequenceOf[Job], *, vocab_size: int) -> Int32[np
     return np.argsort(-counts, kind="stable")[:number].astype(np.int32)
 
 
-def _jobs(cache: Cache, choice: AnchorChoice, position_offsets: tuple[int, ...] | None) -> list[Job]:
+def _jobs(
+    cache: Cache, choice: AnchorChoice, position_offsets: tuple[int, ...] | None, rows: Collection[int] | None
+) -> list[Job]:
     """Every sequence that is to be evaluated and has an eligible anchor, in the cache's order."""
     jobs = []
     for index in range(cache.num_sequences):
         stored = cache.sequence(index)
         if position_offsets is not None and stored.position_offset not in position_offsets:
+            continue
+        if rows is not None and stored.sequence_index not in rows:
             continue
         text_hash, length = hash_text(stored.token_ids), len(stored.token_ids)
         # an imported text may end with tokens that have no features: for anchors it ends before them
@@ -279,6 +284,7 @@ def evaluate_cache(
     progress: Move,
     anchors: AnchorChoice = AnchorChoice(),  # noqa: B008  (frozen)
     tokens_per_batch: int = 4096,
+    rows: Collection[int] | None = None,
 ) -> list[SequenceResult]:
     """Evaluate the chosen anchors of every sequence, in the cache's order; sequences without one are left out.
 
@@ -296,8 +302,9 @@ def evaluate_cache(
         progress: told sequences done and in all.
         anchors: which anchors.
         tokens_per_batch: tokens whose contexts are kept at a time.
+        rows: sequences of other rows of the responses file (`sequence_index`) are left out; None keeps all.
     """
-    jobs = _jobs(cache, anchors, position_offsets)
+    jobs = _jobs(cache, anchors, position_offsets, rows)
     rival_ids = jnp.asarray(_rivals(cache, jobs, vocab_size=head.shape[0]))
     results: dict[int, SequenceResult] = {}
     num_anchors = 0

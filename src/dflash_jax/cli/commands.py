@@ -196,6 +196,16 @@ def _check() -> Parts:
     return CheckConfig, _with_bar("check", check)
 
 
+def _agree() -> Parts:
+    from dflash_jax.agree import AgreeConfig, agree
+
+    return AgreeConfig, _with_bar("agree", agree)
+
+
+def _agree_holds(result: Mapping[str, Any]) -> bool:
+    return not result["differences"]
+
+
 def _parity() -> Parts:
     from dflash_jax.parity import ParityConfig, parity
 
@@ -257,6 +267,13 @@ COMMANDS = (
     Command(name="cache export", summary="a feature cache to speculators' hidden states", load=_cache_export),
     Command(name="train", summary="a feature cache to a drafter", load=_train),
     Command(name="check", summary="offline accept check, by position offset", load=_check, markdown=_markdown),
+    Command(
+        name="agree",
+        summary="the offline replay against real decoding, block by block, and why they part",
+        load=_agree,
+        markdown=_markdown,
+        holds=_agree_holds,
+    ),
     Command(
         name="parity",
         summary="positional parity: a verdict per offset, and the cause where it breaks",

@@ -10,6 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from dflash_jax.cli.agree_tables import is_agree, show_agree
 from dflash_jax.cli.check_tables import is_check, show_check
 from dflash_jax.cli.parity_tables import is_parity, show_parity
 
@@ -53,7 +54,7 @@ def show(title: str, result: Mapping[str, Any], *, console: Console) -> None:
         result: the command's JSON document, or a part of it.
         console: where to print; it must not read markup, for results hold text from outside.
     """
-    for is_one, show_one in ((is_check, show_check), (is_parity, show_parity)):
+    for is_one, show_one in ((is_check, show_check), (is_parity, show_parity), (is_agree, show_agree)):
         if is_one(result):
             console.print(title)
             show_one(result, console=console)

@@ -69,6 +69,7 @@ def artefacts(records: Records) -> list[Artefact]:
         shown.append(describe(f"{run.label}: resolved config", run.config))
         shown += [describe(f"{run.label}/{name}: record", record) for name, record in run.records.items()]
     shown += [describe(f"parity: {parity.label}", parity.extra) for parity in records.parities if parity.extra]
+    shown += [describe(f"agree: {agree.label}", agree.extra) for agree in records.agreements if agree.extra]
     shown += [describe(f"check: {check.label}", check.extra) for check in records.checks if check.extra]
     shown += [describe(f"{name}: record", record) for name, record in records.sidecars.items()]
     shown += [describe(f"decode: {decode.label}", decode.extra) for decode in records.decodes if decode.extra]

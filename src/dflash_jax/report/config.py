@@ -12,8 +12,8 @@ class ReportConfig:
     """Make one self-contained HTML page, or Markdown, from record files."""
 
     inputs: tuple[Path, ...]
-    """Check JSON, parity JSON, decode JSON, decode details JSONL, run folders: any mix and number, told apart by their
-    keys."""
+    """Check JSON, agree JSON, parity JSON, decode JSON, decode details JSONL, run folders: any mix and number, told
+    apart by their keys."""
     out: Path | None = None
     """The file to write; an older one is replaced. Markdown is printed where it is not given."""
     format: Literal["html", "md"] = "html"
@@ -25,8 +25,8 @@ class ReportConfig:
         """Check that there is something to read and a file to write."""
         if not self.inputs:
             raise InputError(
-                "--inputs is empty: give a check JSON, a parity JSON, a decode JSON, a decode details JSONL or a run"
-                " folder"
+                "--inputs is empty: give a check JSON, an agree JSON, a parity JSON, a decode JSON, a decode details"
+                " JSONL or a run folder"
             )
         if self.out is None:
             if self.format == "html":

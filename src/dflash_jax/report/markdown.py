@@ -3,7 +3,8 @@
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from dflash_jax.report import check_tables, parity_tables, tables
+from dflash_jax.report import agree_record, check_tables, parity_tables, tables
+from dflash_jax.report.agree_record import Agree
 from dflash_jax.report.check_record import Check
 from dflash_jax.report.parity_record import Parity
 from dflash_jax.report.records import Records, records_from_json
@@ -60,6 +61,18 @@ def _parity(parity: Parity) -> Iterator[str]:
         yield ""
 
 
+def _agreement(agree: Agree) -> Iterator[str]:
+    """One agreement of replay and decoding: its tables."""
+    yield f"## Offline against online: {code(agree.label)}"
+    yield ""
+    for place, table in enumerate(agree_record.agree_tables(agree)):
+        if place:
+            yield f"### {table.title}"
+            yield ""
+        yield from table.markdown.splitlines()
+        yield ""
+
+
 def _decodes(decodes: Sequence[Decode]) -> Iterator[str]:
     """All decode records."""
     yield "## Decoding"
@@ -95,6 +108,8 @@ def render_markdown(records: Records, *, title: str | None) -> str:
     for parity in records.parities:
         lines += _parity(parity)
     lines += _checks(records)
+    for agree in records.agreements:
+        lines += _agreement(agree)
     if records.decodes:
         lines += _decodes(records.decodes)
     for run in records.runs:
@@ -103,7 +118,7 @@ def render_markdown(records: Records, *, title: str | None) -> str:
 
 
 def render_result(result: Mapping[str, Any]) -> str:
-    """A check's, a parity's or a decode's result as Markdown, as `--format md` prints it.
+    """A check's, an agree's, a parity's or a decode's result as Markdown, as `--format md` prints it.
 
     Raises:
         InputError: it is none of them, or is broken.

@@ -16,7 +16,15 @@ import plotly.offline
 
 import dflash_jax
 from dflash_jax.core import atomic_file
-from dflash_jax.report import check_figures, check_tables, parity_figures, parity_tables, run_figures, tables
+from dflash_jax.report import (
+    agree_record,
+    check_figures,
+    check_tables,
+    parity_figures,
+    parity_tables,
+    run_figures,
+    tables,
+)
 from dflash_jax.report.artefacts import artefacts
 from dflash_jax.report.check_record import Check
 from dflash_jax.report.config import ReportConfig
@@ -81,6 +89,7 @@ def _heading(records: Records) -> str:
     for kind, named in (
         ("positional parity", records.parities),
         ("offline check", records.checks),
+        ("agreement", records.agreements),
         ("training run", records.runs),
         ("decoding", records.decodes),
     ):
@@ -175,6 +184,7 @@ def _context(records: Records, title: str | None) -> dict[str, Any]:
         "comparison_tables": [check_tables.comparison_table(records.comparisons)] if records.comparisons else [],
         "group_figures": check_figures.group_figures(checks) if checks else [],
         "check_panels": _check_panels(checks) if checks else [],
+        "agree_tables": [table for agree in records.agreements for table in agree_record.agree_tables(agree)],
         "training_figures": _training_figures(runs),
         "training_tables": [tables.run_table(run) for run in runs if run.records],
         "decode_figures": _found(committed),
@@ -189,6 +199,7 @@ def _context(records: Records, title: str | None) -> dict[str, Any]:
         "parity": ("Positional parity", records.parities),
         "comparison": ("Comparison", records.comparisons),
         "check": ("Offline check", checks),
+        "agree": ("Offline against online", records.agreements),
         "training": ("Training", runs),
         "decode": ("Decoding", decodes or context["decode_figures"]),
         "samples": ("Text by block", samples),

@@ -1,4 +1,4 @@
-"""The inputs of a page, told apart by their keys: check, parity, decode, decode details, run."""
+"""The inputs of a page, told apart by their keys: check, agree, parity, decode, decode details, run."""
 
 import dataclasses
 from collections import Counter
@@ -8,14 +8,15 @@ from pathlib import Path
 from typing import Any
 
 from dflash_jax.core import RECORD_NAME, InputError, read_json, read_jsonl
+from dflash_jax.report.agree_record import Agree, agree_from_json, is_agree
 from dflash_jax.report.check_record import Check, Comparison, checks_from_json, is_check, side_label
 from dflash_jax.report.fields import Fields
 from dflash_jax.report.parity_record import Parity, is_parity, parity_from_json
 from dflash_jax.report.run_record import Decode, Run, Sample, decode_from_json, read_object, read_run, sample_from
 
-WANTED = "give a check JSON, a parity JSON, a decode JSON, a decode details JSONL or a run folder"
+WANTED = "give a check JSON, an agree JSON, a parity JSON, a decode JSON, a decode details JSONL or a run folder"
 
-Item = Check | Comparison | Parity | Decode | Sample | Run
+Item = Check | Comparison | Agree | Parity | Decode | Sample | Run
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -27,6 +28,7 @@ class Records:
 
     checks: tuple[Check, ...] = ()
     comparisons: tuple[Comparison, ...] = ()
+    agreements: tuple[Agree, ...] = ()
     parities: tuple[Parity, ...] = ()
     decodes: tuple[Decode, ...] = ()
     samples: tuple[Sample, ...] = ()
@@ -45,6 +47,7 @@ def read_records(paths: Sequence[Path]) -> Records:
     return Records(
         checks=tuple(item for item in found if isinstance(item, Check)),
         comparisons=tuple(item for item, _ in read if isinstance(item, Comparison)),
+        agreements=tuple(item for item in found if isinstance(item, Agree)),
         parities=tuple(item for item in found if isinstance(item, Parity)),
         decodes=tuple(item for item in found if isinstance(item, Decode)),
         samples=tuple(item for item, _ in read if isinstance(item, Sample)),
@@ -64,15 +67,19 @@ def records_from_json(document: dict[str, Any], *, where: str, label: str) -> Re
     return Records(
         checks=tuple(item for item in found if isinstance(item, Check)),
         comparisons=tuple(item for item in items if isinstance(item, Comparison)),
+        agreements=tuple(item for item in found if isinstance(item, Agree)),
         parities=tuple(item for item in found if isinstance(item, Parity)),
         decodes=tuple(item for item in found if isinstance(item, Decode)),
     )
 
 
-def _named(read: Sequence[tuple[Check | Parity | Decode | Run, Path]]) -> list[Check | Parity | Decode | Run]:
+Named = Check | Agree | Parity | Decode | Run
+
+
+def _named(read: Sequence[tuple[Named, Path]]) -> list[Named]:
     """The records under names of their own: a drafter checked twice is told apart by the cache, else by the file."""
     drafters = Counter((type(item), item.label) for item, _ in read)
-    found: list[Check | Parity | Decode | Run] = []
+    found: list[Named] = []
     labels: Counter[tuple[type, str]] = Counter()
     for item, path in read:
         label = item.label
@@ -100,6 +107,8 @@ def _from_json(document: Any, *, where: str, label: str) -> Sequence[Item]:
     """The records of one JSON document."""
     if is_parity(document):
         return [parity_from_json(document, where=where, label=label)]
+    if is_agree(document):
+        return [agree_from_json(document, where=where, label=label)]
     if is_check(document):
         return checks_from_json(document, where=where, label=label)
     if isinstance(document, dict) and {"tokens_per_s", "tau_micro"} <= document.keys():

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from dflash_jax.report import check_tables, check_verdict, parity_verdict
+from dflash_jax.report.agree_record import agree_sentences, agree_tiles
 from dflash_jax.report.records import Records
 from dflash_jax.report.run_record import Decode, Run
 from dflash_jax.report.sentences import Mark, Sentence, Tile
@@ -121,6 +122,9 @@ def _of_each(records: Records) -> Iterator[Group]:
     for name, check in zip(check_tables.lettered_labels(records.checks), records.checks, strict=True):
         sentences, tiles = check_verdict.check_sentences(check), check_verdict.check_tiles(check)
         yield Group(heading=name, sentences=tuple(sentences), tiles=tuple(tiles))
+    for agree in records.agreements:
+        sentences, tiles = agree_sentences(agree), agree_tiles(agree)
+        yield Group(heading=f"Agreement: {agree.label}", sentences=tuple(sentences), tiles=tuple(tiles))
     for decode in records.decodes:
         yield Group(
             heading=f"Decoding: {decode.label}",
@@ -134,7 +138,10 @@ def _of_each(records: Records) -> Iterator[Group]:
 def write_verdict(records: Records) -> list[Group]:
     """What the records say, most important first: one group where no kind of record occurs twice, else one for each."""
     groups = list(_of_each(records))
-    if max(map(len, (records.parities, records.checks, records.decodes, records.runs))) > 1 or not groups:
+    if (
+        max(map(len, (records.parities, records.checks, records.agreements, records.decodes, records.runs))) > 1
+        or not groups
+    ):
         return groups
     sentences = tuple(sentence for group in groups for sentence in group.sentences)
     return [Group(heading="", sentences=sentences, tiles=tuple(tile for group in groups for tile in group.tiles))]
