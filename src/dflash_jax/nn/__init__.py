@@ -11,14 +11,16 @@ from dflash_jax.nn.attention import (
     write_first_rows,
     write_rows,
 )
-from dflash_jax.nn.head import LinearCrossEntropy, best_tokens, greedy_tokens, linear_cross_entropy
+from dflash_jax.nn.head import DIRECT_LOGITS, LinearCrossEntropy, best_tokens, greedy_tokens, linear_cross_entropy
 from dflash_jax.nn.mlp import Linear, SwiGLU
 from dflash_jax.nn.moe import Experts, MoE, apply_experts
 from dflash_jax.nn.norm import RMSNorm
 from dflash_jax.nn.rope import MAX_POSITION, Rope, apply_rope, check_rope_precision, rope_cos_sin
 from dflash_jax.nn.rope_scaling import Llama3Scaling, RopeScaling, YarnScaling, read_rope, scaling_to_json
+from dflash_jax.nn.sampling import filter_scores, noisy_scores, sample_tokens
 
 __all__ = [
+    "DIRECT_LOGITS",
     "MAX_POSITION",
     "Experts",
     "Linear",
@@ -36,11 +38,14 @@ __all__ = [
     "block_attention",
     "causal_attention",
     "check_rope_precision",
+    "filter_scores",
     "greedy_tokens",
     "linear_cross_entropy",
+    "noisy_scores",
     "prefill_attention",
     "read_rope",
     "rope_cos_sin",
+    "sample_tokens",
     "scaling_to_json",
     "write_first_rows",
     "write_rows",
