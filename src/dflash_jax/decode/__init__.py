@@ -6,6 +6,7 @@ one compiled loop per shape. It imports `core`, `nn`, `drafter` and `targets`.
 
 from dflash_jax.decode.accept import accept_len
 from dflash_jax.decode.engine import Decoded, DecodedBatch, Decoder, Streamed
+from dflash_jax.decode.explain import Flip, explain_flip
 from dflash_jax.decode.loop import (
     DecodeState,
     decode_capacity,
@@ -25,6 +26,7 @@ __all__ = [
     "Decoded",
     "DecodedBatch",
     "Decoder",
+    "Flip",
     "Sampler",
     "Sampling",
     "Streamed",
@@ -32,6 +34,7 @@ __all__ = [
     "choose_tokens",
     "decode_capacity",
     "draft",
+    "explain_flip",
     "guided_loop",
     "plain_loop",
     "plain_step",

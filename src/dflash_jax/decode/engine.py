@@ -71,12 +71,10 @@ class Streamed:
         rows: for every prompt, in order, what is new of it: the first time its first token, which no block committed.
             A row that was done before has no tokens.
         done: whether each prompt has ended, its last tokens being among these.
-        seconds: of waiting for these blocks, compiling excluded. The device works on while the caller reads them.
     """
 
     rows: list[Decoded]
     done: list[bool]
-    seconds: float
 
 
 def pad_prompts(
@@ -181,7 +179,7 @@ class Decoder:
         streams: Sequence[int] | None = None,
         blocks_per_step: int = 1,
     ) -> Iterator[Streamed]:
-        """Decode as `decode` does, to the same tokens, and give them while they come.
+        """Decode as `decode` does, to the same tokens, and give them while they come: first those of the prompts' pass.
 
         The device runs `blocks_per_step` blocks by itself, one call for all of them, and begins the next ones before
         the last ones are fetched: it never waits for the reader.
@@ -197,7 +195,7 @@ class Decoder:
         """
         block_size = 1 if drafter is None else block_size or drafter.config.block_size
         inputs, lengths = self._inputs(prompts, block_size, position_offset, sampling, streams)
-        state, seconds = self._start(inputs, drafter)
+        state, _ = self._start(inputs, drafter)
         stop_ids, seen = np.asarray(state.stop_ids), np.zeros_like(lengths)
         num_blocks = jnp.int32(blocks_per_step)
         if drafter is None:
@@ -208,15 +206,13 @@ class Decoder:
         while True:
             snapshot = _copies(_shown(state))  # before the state's buffers are given away
             run = self._executable(function, models | {"state": state, "num_blocks": num_blocks}, static)
-            begin = time.perf_counter()
             state = run(**models, state=state, num_blocks=num_blocks)
             found = _fetch(snapshot)
-            seconds += time.perf_counter() - begin
             rows = _rows(found, stop_ids, lengths, seen)[: len(prompts)]
-            yield Streamed(rows=rows, done=found.done[: len(prompts)].tolist(), seconds=seconds)
+            yield Streamed(rows=rows, done=found.done[: len(prompts)].tolist())
             if found.done.all():
                 return
-            lengths, seen, seconds = found.start + 1, found.num_blocks, 0.0
+            lengths, seen = found.start + 1, found.num_blocks
 
     def _inputs(
         self,
@@ -239,10 +235,9 @@ class Decoder:
         if sampling is not None:
             numbers = range(len(prompts)) if streams is None else streams
             fields = sampling.rows(_filled(numbers, prompts, len(lengths), what="streams").tolist())
-            placed: dict[str, Any] = put_batch(
-                self._target.mesh, {name: value for name, value in fields.items() if value is not None}
-            )
-            inputs["sampler"] = Sampler(**{name: placed.get(name) for name in fields})
+            given: dict[str, Any] = dict.fromkeys(fields)
+            given |= put_batch(self._target.mesh, {name: value for name, value in fields.items() if value is not None})
+            inputs["sampler"] = Sampler(**given)
         return inputs | {"capacity": decode_capacity(tokens.shape[1], self._max_new_tokens, block_size)}, lengths
 
     def _start(self, inputs: dict[str, Any], drafter: Drafter | None) -> tuple[DecodeState, float]:
