@@ -67,3 +67,54 @@ def test_the_context_s_end_is_a_limit_too(target, drafter, hf_target):
         assert row.tokens == hf_greedy(hf_target, prompt, max_new_tokens=room, stop_id=None)
         assert sum(row.committed) == room - 1
         assert not row.stopped
+
+
+def test_prompts_at_offsets_of_their_own(decoder, drafter, prompts):
+    near = decoder.decode(prompts[:2], drafter=drafter).rows
+    assert decoder.decode(prompts[:2], drafter=drafter, position_offset=[2**30, 4096]).rows == near
+    assert decoder.decode(prompts[:2], position_offset=[0, 131072]).rows[1].tokens == near[1].tokens
+    with pytest.raises(ValueError, match="3 position offsets for 2 prompts: give one for all or one for each"):
+        decoder.decode(prompts[:2], position_offset=[0, 1, 2])
+
+
+@pytest.mark.parametrize("blocks_per_step", [1, 3])
+def test_a_stream_is_decoding_in_parts(decoder, drafter, prompts, blocks_per_step):
+    chosen = [prompts[i] for i in (0, 2, 5)]
+    whole = decoder.decode(chosen, drafter=drafter).rows
+    steps = list(decoder.stream(chosen, drafter=drafter, blocks_per_step=blocks_per_step))
+    assert [len(row.tokens) for row in steps[0].rows] == [1, 1, 1]
+    assert all(row.committed == [] for row in steps[0].rows)
+    for number, row in enumerate(whole):
+        parts = [step.rows[number] for step in steps]
+        assert [token for part in parts for token in part.tokens] == row.tokens
+        assert [count for part in parts for count in part.committed] == row.committed
+        assert [count for part in parts for count in part.accepted] == row.accepted
+        assert all(len(part.committed) <= blocks_per_step for part in parts)
+        done = [step.done[number] for step in steps]
+        last = done.index(True)
+        assert all(done[last:])
+        assert all(part.tokens == [] for part in parts[last + 1 :])
+        assert parts[last].stopped is row.stopped
+    most = max(len(row.committed) for row in whole)
+    assert len(steps) == 1 + -(-most // blocks_per_step)
+
+
+def test_plain_decoding_streams_too_and_may_be_left(decoder, prompts):
+    whole = decoder.decode(prompts[1:2]).rows[0].tokens
+    parts = [step.rows[0] for step in decoder.stream(prompts[1:2], blocks_per_step=8)]
+    assert [token for part in parts for token in part.tokens] == whole
+    assert {tuple(part.committed) for part in parts[1:-1]} == {(1,) * 8}
+    left = decoder.stream(prompts[1:2], blocks_per_step=8)
+    assert next(left).rows[0].tokens == whole[:1]
+    left.close()
+
+
+def test_what_was_drafted_is_told_from_the_target_s_own(decoder, drafter, prompts):
+    rows = decoder.decode([prompts[i] for i in (0, 2, 5)], drafter=drafter).rows
+    for row in rows:
+        # a block holds its accepted drafts and one token more, but where the text ends inside it
+        assert all(n == m + 1 for n, m in zip(row.committed[:-1], row.accepted[:-1], strict=True))
+        assert row.committed[-1] - row.accepted[-1] in (0, 1)
+    assert {row.committed[-1] - row.accepted[-1] for row in rows} == {0, 1}
+    plain = decoder.decode(prompts[:1]).rows[0]
+    assert plain.accepted == [0] * len(plain.committed)

@@ -11,6 +11,7 @@ import pytest
 from dflash_jax.decode import (
     decode_capacity,
     draft,
+    guided_loop,
     plain_step,
     speculative_loop,
     speculative_step,
@@ -30,6 +31,7 @@ start_jit = jax.jit(start_decoding, static_argnames=("capacity", "max_new_tokens
 loop_jit = jax.jit(speculative_loop, static_argnames=("block_size",))
 step_jit = jax.jit(speculative_step, static_argnames=("block_size",))
 draft_jit = jax.jit(draft, static_argnames=("block_size",))
+guided_jit = jax.jit(guided_loop, static_argnames=("block_size",))
 verify_jit, plain_jit = jax.jit(verify), jax.jit(plain_step)
 
 
@@ -240,6 +242,25 @@ def test_what_a_step_commits_of_given_drafts(target, drafter, prompts, wanted, r
     budgets = np.broadcast_to(new, BATCH)
     assert after.done.tolist() == [1 + n >= budget for n, budget in zip(committed, budgets, strict=True)]
     assert after.kv.lengths.tolist() == after.start.tolist()
+
+
+def guessed(prompts, texts):
+    """Texts by index, each behind its prompt."""
+    guesses = np.zeros((BATCH, CAPACITY), np.int32)
+    for row, (prompt, text) in enumerate(zip(prompts, texts, strict=True)):
+        guesses[row, len(prompt) : len(prompt) + len(text)] = text
+    return jnp.asarray(guesses)
+
+
+def test_an_oracle_a_liar_and_one_in_between_change_no_token(target, drafter, prompts, wanted):
+    right = np.array(wanted)
+    state = begin(target, drafter, prompts)
+    lies = np.random.default_rng(0).random(right.shape) < 0.4
+    for wrong, sizes in ((lies & False, {BLOCK}), (lies | True, {1}), (lies, {1, 2, 3, 4, 5})):
+        texts = np.where(wrong, (right + 1) % len(tiny.TOKENS), right)
+        rows = outcome(guided_jit(target, drafter, state, guessed(prompts, texts.tolist()), block_size=BLOCK), prompts)
+        assert [tokens for tokens, _ in rows] == wanted
+        assert {n for _, committed in rows for n in committed[:-1]} == sizes
 
 
 @pytest.mark.parametrize("at", [0, 1, 2, 3, 4])

@@ -219,7 +219,15 @@ def _parity_holds(result: Mapping[str, Any]) -> bool:
 def _decode() -> Parts:
     from dflash_jax.generate import DecodeConfig, decode_prompts
 
-    return DecodeConfig, _with_bar("decode", decode_prompts)
+    def run(config: DecodeConfig) -> Result:
+        if not (config.stream or config.show_blocks):
+            return _with_bar("decode", decode_prompts)(config)
+        from dflash_jax.cli.texts import stdout_printer
+
+        # no bar: the texts are the progress
+        return decode_prompts(config, show=stdout_printer(blocks=config.show_blocks))
+
+    return DecodeConfig, run
 
 
 def _report() -> Parts:
@@ -241,6 +249,9 @@ def _markdown(result: Mapping[str, Any]) -> str:
 
 
 def _tokens_equal(result: Mapping[str, Any]) -> bool:
+    """Whether decoding lost nothing; in bfloat16 a near tie that was measured to be one may go either way."""
+    if result.get("dtype") == "bfloat16" and result.get("tokens_equal") is False:
+        return all(flip["explained"] for flip in result["differences"])
     return result.get("tokens_equal") is not False
 
 
@@ -253,7 +264,7 @@ COMMANDS = (
     ),
     Command(name="target import", summary="GGUF weights to a target folder", load=_target_import),
     Command(name="target info", summary="what a target folder holds", load=_target_info),
-    Command(name="responses", summary="prompts to greedy responses of the target", load=_responses),
+    Command(name="responses", summary="prompts to responses of the target, greedy or sampled", load=_responses),
     Command(name="cache build", summary="responses to a feature cache, at any position offsets", load=_cache_build),
     Command(name="cache cost", summary="bytes and time of a feature cache before it is built", load=_cache_cost),
     Command(name="cache info", summary="what a feature cache holds", load=_cache_info),

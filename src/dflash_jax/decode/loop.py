@@ -1,4 +1,4 @@
-"""Greedy decoding as compiled loops: plain, and speculative with a DFlash drafter.
+"""Decoding as compiled loops: plain, and speculative with a DFlash drafter.
 
 Indices, for a sequence whose text so far is `tokens[0 .. start]`:
 
@@ -9,8 +9,12 @@ Indices, for a sequence whose text so far is `tokens[0 .. start]`:
 A step drafts from the anchor, verifies anchor and drafts in one target forward, commits the accepted drafts and the
 target's own next token, and moves `start` there. Finished rows stay where they are; what is computed for them is
 written past their end.
+
+The target's own token is its argmax or, with a sampler, the sample that belongs to the token's index: a drafted token
+is accepted where it is that token, either way.
 """
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import equinox as eqx
@@ -20,9 +24,10 @@ from jax import lax
 from jaxtyping import Array, Bool, Int32
 
 from dflash_jax.decode.accept import accept_len
+from dflash_jax.decode.sampler import Sampler, choose_tokens
 from dflash_jax.drafter import ContextKV, Drafter, context_kv, draft_hidden, embed_slots
 from dflash_jax.nn import greedy_tokens, write_rows
-from dflash_jax.targets import KVCache, Target, extend, next_ids, prefill
+from dflash_jax.targets import KVCache, Target, extend, prefill
 
 
 class DecodeState(eqx.Module):
@@ -37,8 +42,10 @@ class DecodeState(eqx.Module):
         context: the drafter's context keys and values per layer; rows below `start` are in use. None when decoding
             plainly.
         committed: tokens each block committed, in order, 1 to B; 0 past a sequence's last block. Their mean is tau.
+        accepted: how many of those tokens were drafted; the others, at most one a block, are the target's own.
         num_blocks: target passes made for each sequence after its prompt.
         stop_ids: token ids that end a sequence.
+        sampler: how the target chooses; None: greedily.
     """
 
     tokens: Int32[Array, "batch capacity"]
@@ -48,8 +55,10 @@ class DecodeState(eqx.Module):
     kv: KVCache
     context: tuple[ContextKV, ...] | None
     committed: Int32[Array, "batch blocks"]
+    accepted: Int32[Array, "batch blocks"]
     num_blocks: Int32[Array, " batch"]
     stop_ids: Int32[Array, " stops"]
+    sampler: Sampler | None
 
 
 def decode_capacity(prompt_bucket: int, max_new_tokens: int, block_size: int) -> int:
@@ -68,6 +77,7 @@ def start_decoding(
     stop_ids: Int32[Array, " stops"],
     capacity: int,
     max_new_tokens: int,
+    sampler: Sampler | None = None,
 ) -> DecodeState:
     """Prefill prompts and commit each one's first token.
 
@@ -81,13 +91,14 @@ def start_decoding(
         stop_ids: token ids that end a sequence.
         capacity: see `decode_capacity`.
         max_new_tokens: room for the record of committed blocks.
+        sampler: how the target chooses tokens; None: greedily.
     """
     layers = () if drafter is None else drafter.config.capture_layers
     out = prefill(
         target, prompts, lengths=lengths, position_offset=position_offset, capture_layers=layers, capacity=capacity
     )
-    last = jnp.take_along_axis(out.hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
-    first = next_ids(target, last)
+    last = jnp.take_along_axis(out.hidden, (lengths - 1)[:, None, None], axis=1)
+    first = choose_tokens(target, last, sampler, lengths[:, None])[:, 0]
     batch, seq = prompts.shape
     tokens = jnp.pad(prompts, ((0, 0), (0, capacity - seq)))
     tokens = jnp.where(jnp.arange(capacity, dtype=jnp.int32)[None] == lengths[:, None], first[:, None], tokens)
@@ -105,8 +116,10 @@ def start_decoding(
         kv=out.kv,
         context=context,
         committed=jnp.zeros((batch, max_new_tokens), jnp.int32),
+        accepted=jnp.zeros((batch, max_new_tokens), jnp.int32),
         num_blocks=jnp.zeros(batch, jnp.int32),
         stop_ids=stop_ids,
+        sampler=sampler,
     )
 
 
@@ -117,38 +130,41 @@ def _write_tokens(
 
 
 def _commit(
-    state: DecodeState, kv: KVCache, accepted: Int32[Array, " batch"], greedy: Int32[Array, "batch block"]
+    state: DecodeState, kv: KVCache, accepted: Int32[Array, " batch"], chosen: Int32[Array, "batch block"]
 ) -> tuple[DecodeState, Int32[Array, " batch"]]:
     """Commit accepted drafts and the target's next token; cut at the limit and behind the first stop id.
 
     Accepted drafts equal the target's tokens, so the target's tokens alone are written. Returns the state without its
     new context rows, and the old start, where those rows belong.
     """
-    slot = jnp.arange(greedy.shape[1], dtype=jnp.int32)[None]
+    slot = jnp.arange(chosen.shape[1], dtype=jnp.int32)[None]
     produced = jnp.minimum(accepted + 1, state.limit - state.start - 1)
-    is_stop = jnp.isin(greedy, state.stop_ids) & (slot < produced[:, None])
+    is_stop = jnp.isin(chosen, state.stop_ids) & (slot < produced[:, None])
     stopped = is_stop.any(axis=1)
     produced = jnp.where(stopped, jnp.argmax(is_stop, axis=1).astype(jnp.int32) + 1, produced)
     produced = jnp.where(state.done, 0, produced)
     start = state.start + produced
     block = jnp.arange(state.committed.shape[1], dtype=jnp.int32)[None] == state.num_blocks[:, None]
+    here = block & ~state.done[:, None]
     new = replace(
         state,
-        tokens=_write_tokens(state.tokens, greedy, state.start + 1),
+        tokens=_write_tokens(state.tokens, chosen, state.start + 1),
         start=start,
         done=state.done | stopped | (start + 1 >= state.limit),
         kv=replace(kv, lengths=start),
-        committed=jnp.where(block & ~state.done[:, None], produced[:, None], state.committed),
+        committed=jnp.where(here, produced[:, None], state.committed),
+        accepted=jnp.where(here, jnp.minimum(accepted, produced)[:, None], state.accepted),
         num_blocks=state.num_blocks + (~state.done).astype(jnp.int32),
     )
     return new, state.start
 
 
 def plain_step(target: Target, state: DecodeState) -> DecodeState:
-    """Commit one greedy token of every unfinished sequence."""
+    """Commit one token of every unfinished sequence."""
     anchor = jnp.take_along_axis(state.tokens, state.start[:, None], axis=1)
     out = extend(target, state.kv, anchor)
-    new, _ = _commit(state, out.kv, jnp.zeros_like(state.start), next_ids(target, out.hidden))
+    chosen = choose_tokens(target, out.hidden, state.sampler, state.start[:, None] + 1)
+    new, _ = _commit(state, out.kv, jnp.zeros_like(state.start), chosen)
     return new
 
 
@@ -167,7 +183,7 @@ def draft(target: Target, drafter: Drafter, state: DecodeState, *, block_size: i
         context_lengths=state.start[:, None],
         block_lengths=(state.limit - state.start)[:, None],
     )
-    return greedy_tokens(hidden[:, 0, 1:], target.head)
+    return greedy_tokens(hidden[:, 0, 1:].astype(target.head.dtype), target.head)
 
 
 def verify(target: Target, drafter: Drafter, state: DecodeState, drafted: Int32[Array, "batch drafted"]) -> DecodeState:
@@ -184,10 +200,11 @@ def verify(target: Target, drafter: Drafter, state: DecodeState, drafted: Int32[
     anchor = jnp.take_along_axis(state.tokens, state.start[:, None], axis=1)
     block = jnp.concatenate([anchor, drafted], axis=1)
     out = extend(target, state.kv, block, capture_layers=drafter.config.capture_layers)
-    greedy = next_ids(target, out.hidden)
+    slot = jnp.arange(block_size, dtype=jnp.int32)[None]
+    chosen = choose_tokens(target, out.hidden, state.sampler, state.start[:, None] + 1 + slot)
     num_drafted = jnp.minimum(block_size, state.limit - state.start) - 1
-    new, old_start = _commit(state, out.kv, accept_len(drafted, greedy[:, :-1], num_drafted=num_drafted), greedy)
-    positions = (state.kv.position_offset + old_start)[:, None] + jnp.arange(block_size, dtype=jnp.int32)[None]
+    new, old_start = _commit(state, out.kv, accept_len(drafted, chosen[:, :-1], num_drafted=num_drafted), chosen)
+    positions = (state.kv.position_offset + old_start)[:, None] + slot
     rows = jax.vmap(context_kv, in_axes=(None, 0, 0))(drafter, out.features, positions)
     context = tuple(
         ContextKV(
@@ -203,9 +220,26 @@ def speculative_step(target: Target, drafter: Drafter, state: DecodeState, *, bl
     return verify(target, drafter, state, draft(target, drafter, state, block_size=block_size))
 
 
+def _some_steps(
+    step: Callable[[DecodeState], DecodeState], state: DecodeState, num_steps: Int32[Array, ""]
+) -> DecodeState:
+    """At most so many steps, fewer where every sequence is done before."""
+    state, _ = lax.while_loop(
+        lambda carry: ~carry[0].done.all() & (carry[1] < num_steps),
+        lambda c: (step(c[0]), c[1] + 1),
+        (state, jnp.int32(0)),
+    )
+    return state
+
+
 def plain_loop(target: Target, state: DecodeState) -> DecodeState:
     """Decode plainly until every sequence is done: one compiled loop, no host round trip."""
     return lax.while_loop(lambda s: ~s.done.all(), lambda s: plain_step(target, s), state)
+
+
+def plain_blocks(target: Target, state: DecodeState, num_blocks: Int32[Array, ""]) -> DecodeState:
+    """`plain_loop` for at most `num_blocks` steps."""
+    return _some_steps(lambda s: plain_step(target, s), state, num_blocks)
 
 
 def speculative_loop(target: Target, drafter: Drafter, state: DecodeState, *, block_size: int) -> DecodeState:
@@ -215,4 +249,32 @@ def speculative_loop(target: Target, drafter: Drafter, state: DecodeState, *, bl
     """
     return lax.while_loop(
         lambda s: ~s.done.all(), lambda s: speculative_step(target, drafter, s, block_size=block_size), state
+    )
+
+
+def speculative_blocks(
+    target: Target, drafter: Drafter, state: DecodeState, num_blocks: Int32[Array, ""], *, block_size: int
+) -> DecodeState:
+    """`speculative_loop` for at most `num_blocks` blocks of every sequence: what a stream is made of."""
+    return _some_steps(lambda s: speculative_step(target, drafter, s, block_size=block_size), state, num_blocks)
+
+
+def guided_loop(
+    target: Target, drafter: Drafter, state: DecodeState, guesses: Int32[Array, "batch capacity"], *, block_size: int
+) -> DecodeState:
+    """Decode with drafts from given texts until every sequence is done.
+
+    With the target's own text an oracle's run (B tokens a block), with any other text at most as fast as plain
+    decoding, and the same tokens.
+
+    Args:
+        target: the target.
+        drafter: whose context is kept, as in `verify`; it drafts nothing.
+        state: after `start_decoding`.
+        guesses: the token guessed for every index of each sequence's text.
+        block_size: positions per block.
+    """
+    take = jax.vmap(lambda row, start: lax.dynamic_slice(row, (start,), (block_size - 1,)))
+    return lax.while_loop(
+        lambda s: ~s.done.all(), lambda s: verify(target, drafter, s, take(guesses, s.start + 1)), state
     )

@@ -7,5 +7,14 @@ imports `core`, `text`, `targets`, `drafter` and `decode`.
 from dflash_jax.generate.config import DecodeConfig, ResponsesConfig
 from dflash_jax.generate.decode import decode_prompts
 from dflash_jax.generate.responses import generate_responses
+from dflash_jax.generate.stream import TextPiece, stream_text, text_pieces
 
-__all__ = ["DecodeConfig", "ResponsesConfig", "decode_prompts", "generate_responses"]
+__all__ = [
+    "DecodeConfig",
+    "ResponsesConfig",
+    "TextPiece",
+    "decode_prompts",
+    "generate_responses",
+    "stream_text",
+    "text_pieces",
+]

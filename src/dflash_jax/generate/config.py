@@ -2,8 +2,10 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from dflash_jax.core import InputError, parse_mesh
+from dflash_jax.decode import Sampling
 from dflash_jax.nn import check_rope_precision
 
 
@@ -12,9 +14,24 @@ def _positive(name: str, value: int) -> None:
         raise InputError(f"--{name} is {value}: a positive number is needed")
 
 
+def _sampling(config: "ResponsesConfig | DecodeConfig") -> Sampling | None:
+    """The sampling that a command's flags ask for; None: greedy.
+
+    Raises:
+        InputError: a number out of range, or flags of sampling without a temperature.
+    """
+    if config.temperature == 0:
+        given = [name for name in ("top_k", "top_p") if getattr(config, name) is not None]
+        if given:
+            flags = " and ".join("--" + name.replace("_", "-") for name in given)
+            raise InputError(f"{flags} without --temperature: decoding is greedy at 0, give a positive temperature")
+        return None
+    return Sampling(temperature=config.temperature, top_k=config.top_k, top_p=config.top_p, seed=config.sample_seed)
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ResponsesConfig:
-    """Generate the target's greedy responses to a set of prompts."""
+    """Generate the target's responses to a set of prompts, greedy or sampled."""
 
     target: Path
     """Target folder."""
@@ -26,6 +43,14 @@ class ResponsesConfig:
     """Most tokens generated for a prompt, the stop token included."""
     batch_size: int = 32
     """Prompts decoded side by side."""
+    temperature: float = 0.0
+    """Sample at this temperature; 0 is greedy."""
+    top_k: int | None = None
+    """Sample among so many best tokens only."""
+    top_p: float | None = None
+    """Sample among the fewest best tokens that have this share of the probability."""
+    sample_seed: int = 0
+    """Seed of the samples; a prompt's samples depend on it and on the prompt's id."""
     mesh: str = "data=1"
     """Devices to split the target over, such as data=2,model=4 (axes: data, expert, model); default: one device."""
     rope: str = "exact"
@@ -41,13 +66,19 @@ class ResponsesConfig:
         _positive("batch-size", self.batch_size)
         parse_mesh(self.mesh)
         check_rope_precision(self.rope)
+        _sampling(self)
         if self.limit is not None:
             _positive("limit", self.limit)
+
+    @property
+    def sampling(self) -> Sampling | None:
+        """How tokens are sampled; None: greedily."""
+        return _sampling(self)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DecodeConfig:
-    """Decode prompts speculatively with a drafter, and compare with plain decoding."""
+    """Decode prompts speculatively with a drafter, greedily or sampled, and compare with plain decoding."""
 
     target: Path
     """Target folder."""
@@ -63,6 +94,16 @@ class DecodeConfig:
     """Positions per block, at most the trained size; default: the trained size."""
     batch_size: int = 1
     """Prompts decoded side by side."""
+    temperature: float = 0.0
+    """Sample at this temperature; 0 is greedy."""
+    top_k: int | None = None
+    """Sample among so many best tokens only."""
+    top_p: float | None = None
+    """Sample among the fewest best tokens that have this share of the probability."""
+    sample_seed: int = 0
+    """Seed of the samples; a prompt's samples depend on it and on the prompt's id."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Weights and activations of target and drafter. In bfloat16 a near tie may flip a token: --compare explains it."""
     position_offset: int = 0
     """Absolute position of every prompt's first token."""
     rope: str = "exact"
@@ -73,6 +114,10 @@ class DecodeConfig:
     """Seed of the prompts' shuffle before --limit."""
     out: Path | None = None
     """Write one JSON line per prompt here: text, tokens, accepted lengths block by block."""
+    stream: bool = False
+    """Print each text while it is decoded, one prompt at a time."""
+    show_blocks: bool = False
+    """Print the texts with the drafter's accepted runs marked: green and underlined, without colours in brackets."""
 
     def __post_init__(self) -> None:
         """Check the numbers."""
@@ -85,3 +130,11 @@ class DecodeConfig:
             raise InputError(
                 f"--block-size is {self.block_size}: at least 2 are needed (the anchor and one drafted token)"
             )
+        _sampling(self)
+        if self.stream and self.batch_size > 1:
+            raise InputError(f"--stream shows one text at a time: leave out --batch-size {self.batch_size}")
+
+    @property
+    def sampling(self) -> Sampling | None:
+        """How tokens are sampled; None: greedily."""
+        return _sampling(self)

@@ -1,8 +1,9 @@
-"""The `responses` command: greedy responses of the target, batch by batch, resumable."""
+"""The `responses` command: responses of the target, greedy or sampled, batch by batch, resumable."""
 
 import json
 import os
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,9 @@ from dflash_jax.core import (
     sha256_json,
     write_json,
 )
-from dflash_jax.decode import Decoder
+from dflash_jax.decode import Decoder, Sampling
 from dflash_jax.generate.config import ResponsesConfig
-from dflash_jax.generate.prompts import EncodedPrompt, by_length, encode_prompts
+from dflash_jax.generate.prompts import EncodedPrompt, by_length, encode_prompts, sample_stream
 from dflash_jax.targets import fingerprint, load_target, open_mesh, read_target_config, whole_axes
 from dflash_jax.text import Tokenizer, load_tokenizer
 
@@ -50,8 +51,11 @@ def _read_partial(path: Path, settings: dict[str, Any]) -> dict[str, dict[str, A
     return {row["id"]: row for row in rows[1:]}
 
 
-def _rows(batch: list[EncodedPrompt], decoder: Decoder, tokenizer: Tokenizer) -> list[dict[str, Any]]:
-    decoded = decoder.decode([item.ids for item in batch])
+def _rows(
+    batch: list[EncodedPrompt], decoder: Decoder, tokenizer: Tokenizer, sampling: Sampling | None
+) -> list[dict[str, Any]]:
+    streams = [sample_stream(item.prompt.id) for item in batch]
+    decoded = decoder.decode([item.ids for item in batch], sampling=sampling, streams=streams)
     return [
         {
             "id": item.prompt.id,
@@ -74,13 +78,13 @@ def _append(path: Path, rows: list[dict[str, Any]]) -> None:
 
 
 def generate_responses(config: ResponsesConfig, *, progress: Move = no_progress) -> dict[str, Any]:
-    """Write the target's greedy response to every prompt, in the prompts' order, and a record beside them.
+    """Write the target's response to every prompt, greedy or sampled, in the prompts' order, and a record beside them.
 
     Finished batches are kept in `OUT.partial`, so the same command goes on where a killed one stopped.
 
     Returns:
         `responses`, `num_prompts`, `num_tokens` (new ones, this run's), `tokens_per_s`, `seconds`, `finish` counts,
-        `mesh`, `whole_axes` (what the mesh cannot split, and why).
+        `mesh`, `whole_axes` (what the mesh cannot split, and why), `sampling` (None: greedy).
 
     Raises:
         InputError: bad target, prompts or mesh; an output that exists; a partial file begun with other settings.
@@ -99,6 +103,8 @@ def generate_responses(config: ResponsesConfig, *, progress: Move = no_progress)
         "prompts": sha256_json([[item.prompt.id, item.ids] for item in prompts]),
         "max_new_tokens": config.max_new_tokens,
         "rope": config.rope,
+        # None, as in files begun before there was sampling, is greedy
+        "sampling": None if config.sampling is None else asdict(config.sampling),
     }
     partial = _partial_path(config.out)
     done = _read_partial(partial, settings)
@@ -116,12 +122,14 @@ def generate_responses(config: ResponsesConfig, *, progress: Move = no_progress)
     )
     num_tokens = 0
     for batch in by_length(todo, batch_size=config.batch_size):
-        rows = _rows(batch, decoder, tokenizer)
+        rows = _rows(batch, decoder, tokenizer, config.sampling)
         _append(partial, rows)
         done |= {row["id"]: row for row in rows}
         num_tokens += sum(len(row["response_ids"]) for row in rows)
         progress(len(done), len(prompts), f"{num_tokens / (time.perf_counter() - started):.0f} tokens/s")
-    record = make_record("responses", config, seed=config.seed, fingerprint=target_fingerprint)
+    record = make_record(
+        "responses", config, seed=config.seed, fingerprint=target_fingerprint, sampling=settings["sampling"]
+    )
     write_json(config.out.with_name(config.out.name + ".record.json"), record)
     with atomic_file(config.out) as temporary:
         lines = [json.dumps(done[item.prompt.id], ensure_ascii=False) + "\n" for item in prompts]
@@ -138,4 +146,5 @@ def generate_responses(config: ResponsesConfig, *, progress: Move = no_progress)
         "finish": {kind: finishes.count(kind) for kind in ("stop", "length")},
         "mesh": str(mesh_shape(mesh)),
         "whole_axes": whole_axes(target_config, mesh_shape(mesh)),
+        "sampling": settings["sampling"],
     }

@@ -7,6 +7,7 @@ made. It imports `core` and, of libraries, only jax, equinox, numpy and jaxtypin
 from dflash_jax.nn.attention import causal_attention, prefill_attention, write_first_rows, write_rows
 from dflash_jax.nn.blocks import anchors_per_chunk, block_attention
 from dflash_jax.nn.head import (
+    DIRECT_LOGITS,
     VOCAB_CHUNK,
     LinearCrossEntropy,
     best_tokens,
@@ -20,8 +21,10 @@ from dflash_jax.nn.moe import Experts, MoE, apply_experts
 from dflash_jax.nn.norm import RMSNorm
 from dflash_jax.nn.rope import MAX_POSITION, Rope, apply_rope, check_rope_precision, rope_cos_sin
 from dflash_jax.nn.rope_scaling import Llama3Scaling, RopeScaling, YarnScaling, read_rope, scaling_to_json
+from dflash_jax.nn.sampling import filter_scores, noisy_scores, sample_tokens
 
 __all__ = [
+    "DIRECT_LOGITS",
     "MAX_POSITION",
     "VOCAB_CHUNK",
     "Experts",
@@ -41,12 +44,15 @@ __all__ = [
     "block_attention",
     "causal_attention",
     "check_rope_precision",
+    "filter_scores",
     "greedy_tokens",
     "linear_cross_entropy",
     "linear_soft_cross_entropy",
+    "noisy_scores",
     "prefill_attention",
     "read_rope",
     "rope_cos_sin",
+    "sample_tokens",
     "scaling_to_json",
     "top_tokens",
     "write_first_rows",

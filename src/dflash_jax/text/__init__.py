@@ -7,12 +7,14 @@ target folder ships.
 
 from dflash_jax.text.encode import EncodedPrompt, encode_prompts
 from dflash_jax.text.prompts import BUILT_IN_SETS, Prompt, load_prompts
+from dflash_jax.text.stream import TextStream
 from dflash_jax.text.tokenizer import Tokenizer, load_tokenizer
 
 __all__ = [
     "BUILT_IN_SETS",
     "EncodedPrompt",
     "Prompt",
+    "TextStream",
     "Tokenizer",
     "encode_prompts",
     "load_prompts",
