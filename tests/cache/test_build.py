@@ -213,6 +213,17 @@ def test_bad_row_is_named_by_line_before_anything_is_written(tmp_path, row, mess
     assert not (tmp_path / "cache").exists()
 
 
+def test_a_row_that_is_there_twice_is_named_and_other_responses_of_its_id_are_not(tmp_path):
+    toy_cache.write_inputs(tmp_path, [])
+    rows = [GOOD, GOOD | {"id": "b"}, GOOD | {"response_ids": [3]}, GOOD | {"id": "b", "text": "y"}]
+    path = tmp_path / "responses.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(InputError, match=r"line 4: the id and the tokens are those of line 2 already \(1 rows"):
+        toy_cache.build_toy(tmp_path)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows[:3]))
+    assert toy_cache.build_toy(tmp_path, position_offsets=(0,))["num_sequences"] == 3
+
+
 def test_what_is_kept_of_a_response_does_not_grow_with_its_tokens(tmp_path):
     toy_cache.write_responses(tmp_path / "r.jsonl", toy_cache.toy_rows(300))
     responses = read_responses(tmp_path / "r.jsonl", vocab_size=toy_cache.VOCAB, max_length=200)
@@ -275,10 +286,17 @@ def test_bad_settings(tmp_path, changes, message):
         CacheBuildConfig(**{"target": tmp_path, "responses": tmp_path, "out": tmp_path} | changes)
 
 
-def test_unknown_features_dtype(tmp_path):
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("features", "--features is 'int3': choose one of bfloat16, float32, int8, float8"),
+        ("dtype", "--dtype is 'int3': choose one of float32, bfloat16"),
+    ],
+)
+def test_unknown_dtypes(tmp_path, name, message):
     config = toy_cache.toy_config(tmp_path)
-    object.__setattr__(config, "features", "int3")  # the test hook's type check would not let it in
-    with pytest.raises(InputError, match="--features is 'int3': choose one of bfloat16, float32, int8, float8"):
+    object.__setattr__(config, name, "int3")  # the test hook's type check would not let it in
+    with pytest.raises(InputError, match=message):
         config.__post_init__()
 
 

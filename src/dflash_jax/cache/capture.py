@@ -8,6 +8,7 @@ from typing import Any
 
 import equinox as eqx
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int32, Shaped
@@ -84,17 +85,18 @@ class TargetCapture:
         *,
         capture_layers: tuple[int, ...],
         layout: FeatureLayout,
+        dtype: str = "float32",
         rope: str = "exact",
         mesh: Mesh | None = None,
     ) -> None:
-        """Remember what to capture. `layout` is that of the features on disk; the forward is float32."""
+        """Remember what to capture. `layout` is that of the features on disk, `dtype` what the target runs in."""
         self._folder, self._capture_layers, self._layout = folder, capture_layers, layout
-        self._rope, self._mesh = rope, mesh
+        self._dtype, self._rope, self._mesh = dtype, rope, mesh
 
     @cached_property
     def target(self) -> Target:
         """The target, loaded when it is first needed."""
-        return load_target(self._folder, rope=self._rope, mesh=self._mesh)
+        return load_target(self._folder, dtype=jnp.dtype(self._dtype), rope=self._rope, mesh=self._mesh)
 
     def start(
         self,
@@ -157,6 +159,7 @@ def target_capture(config: CacheBuildConfig, target: TargetConfig, *, mesh: Mesh
         config.target,
         capture_layers=layers,
         layout=replace(config, capture_layers=layers).feature_layout(target.hidden_size),
+        dtype=config.dtype,
         rope=config.rope,
         mesh=mesh,
     )

@@ -2,11 +2,13 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal, get_args
 
 from dflash_jax.cache.features import FEATURES_DTYPES, FeatureLayout, FeaturesDtype
 from dflash_jax.core import InputError, parse_mesh
 from dflash_jax.nn import check_rope_precision
 
+ComputeDtype = Literal["float32", "bfloat16"]
 MAX_POSITION = 2**31 - 1  # positions are int32 on disk and on the device
 
 
@@ -26,6 +28,8 @@ class CacheBuildConfig:
     """Absolute positions of a sequence's first token; every sequence is captured at each of them."""
     features: FeaturesDtype = "bfloat16"
     """How a feature is stored; int8 and float8 have scales per token and take about half of bfloat16's bytes."""
+    dtype: ComputeDtype = "float32"
+    """What the target runs in; bfloat16 halves its memory, and on an NVIDIA GPU its attention is cuDNN's."""
     mesh: str = "data=1"
     """Devices to split the target over, such as data=2,model=4 (axes: data, expert, model); default: one device."""
     rope: str = "exact"
@@ -52,8 +56,9 @@ class CacheBuildConfig:
             raise InputError(
                 f"--position-offsets is {_commas(offsets)!r}: name different positions from 0 to {MAX_POSITION}"
             )
-        if self.features not in FEATURES_DTYPES:
-            raise InputError(f"--features is {self.features!r}: choose one of {', '.join(FEATURES_DTYPES)}")
+        for name, choices in (("features", FEATURES_DTYPES), ("dtype", get_args(ComputeDtype))):
+            if getattr(self, name) not in choices:
+                raise InputError(f"--{name} is {getattr(self, name)!r}: choose one of {', '.join(choices)}")
         index, count = self.process_index, self.process_count
         if (index is None) != (count is None) or (count is not None and not 0 <= (index or 0) < count):
             raise InputError(
