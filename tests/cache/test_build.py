@@ -1,6 +1,7 @@
 """Plan, inputs, and what a build does with them."""
 
 import json
+import tracemalloc
 from dataclasses import fields
 from itertools import combinations
 
@@ -8,7 +9,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from dflash_jax.cache import CacheBuildConfig, open_cache, read_responses
+from dflash_jax.cache import BuildProgress, CacheBuildConfig, open_cache, read_responses
 from dflash_jax.cache.features import first_not_finite
 from dflash_jax.cache.plan import choose_lengths, group_prompts, plan_batches, plan_shards, stored_order
 from dflash_jax.core import InputError
@@ -213,6 +214,17 @@ def test_bad_row_is_named_by_line_before_anything_is_written(tmp_path, row, mess
     assert not (tmp_path / "cache").exists()
 
 
+def test_a_row_that_is_there_twice_is_named_and_other_responses_of_its_id_are_not(tmp_path):
+    toy_cache.write_inputs(tmp_path, [])
+    rows = [GOOD, GOOD | {"id": "b"}, GOOD | {"response_ids": [3]}, GOOD | {"id": "b", "text": "y"}]
+    path = tmp_path / "responses.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(InputError, match=r"line 4: the id and the tokens are those of line 2 already \(1 rows"):
+        toy_cache.build_toy(tmp_path)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows[:3]))
+    assert toy_cache.build_toy(tmp_path, position_offsets=(0,))["num_sequences"] == 3
+
+
 def test_what_is_kept_of_a_response_does_not_grow_with_its_tokens(tmp_path):
     toy_cache.write_responses(tmp_path / "r.jsonl", toy_cache.toy_rows(300))
     responses = read_responses(tmp_path / "r.jsonl", vocab_size=toy_cache.VOCAB, max_length=200)
@@ -222,6 +234,33 @@ def test_what_is_kept_of_a_response_does_not_grow_with_its_tokens(tmp_path):
     assert [responses.tokens(row).tolist() for row in (299, 0)] == [
         prompt + response for prompt, response in (toy_cache.toy_rows(300)[row] for row in (299, 0))
     ]
+
+
+def test_memory_does_not_grow_with_the_sequences(tmp_path):
+    """Of a row that is longer by one, a build keeps what its plan and ledger need, and not its features."""
+    peaks, counts = [], (100, 700)
+    for count in counts:
+        folder = tmp_path / f"{count}"
+        toy_cache.write_inputs(folder, toy_cache.toy_rows(count))
+        tracemalloc.start()
+        built = toy_cache.build_toy(folder, position_offsets=(0,), features="float32", tokens_per_shard=4000)
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    stored = built["bytes"] / counts[1]
+    assert stored > 2000
+    assert (peaks[1] - peaks[0]) / (counts[1] - counts[0]) < 0.25 * stored
+
+
+def test_progress_by_hand(tmp_path):
+    now = BuildProgress(tokens_done=700, tokens_total=1000, tokens_kept=100, bytes_done=7, bytes_total=10, seconds=20.0)
+    assert (now.tokens_per_s, now.seconds_left) == (30.0, 10.0)
+    toy_cache.write_inputs(tmp_path, toy_cache.toy_rows(20))
+    told = []
+    built = toy_cache.build_toy(tmp_path, progress=told.append)
+    assert [each.tokens_done for each in told] == sorted({each.tokens_done for each in told})
+    # 6 columns * 2 + 9 per token; what shards have besides is left out
+    assert {each.bytes_done / each.tokens_done for each in told} == {21.0}
+    assert told[-1].bytes_done == told[-1].bytes_total == 21 * built["num_tokens"]
 
 
 def test_rows_without_a_set_are_of_the_unknown_one(tmp_path):
@@ -275,10 +314,17 @@ def test_bad_settings(tmp_path, changes, message):
         CacheBuildConfig(**{"target": tmp_path, "responses": tmp_path, "out": tmp_path} | changes)
 
 
-def test_unknown_features_dtype(tmp_path):
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("features", "--features is 'int3': choose one of bfloat16, float32, int8, float8"),
+        ("dtype", "--dtype is 'int3': choose one of float32, bfloat16"),
+    ],
+)
+def test_unknown_dtypes(tmp_path, name, message):
     config = toy_cache.toy_config(tmp_path)
-    object.__setattr__(config, "features", "int3")  # the test hook's type check would not let it in
-    with pytest.raises(InputError, match="--features is 'int3': choose one of bfloat16, float32, int8, float8"):
+    object.__setattr__(config, name, "int3")  # the test hook's type check would not let it in
+    with pytest.raises(InputError, match=message):
         config.__post_init__()
 
 

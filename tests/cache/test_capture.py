@@ -6,9 +6,41 @@ import numpy as np
 import pytest
 
 from dflash_jax import cache, targets
-from support import toy_cache
+from dflash_jax.cache.capture import target_capture
+from support import tiny, toy_cache
 
 LAYERS = (2, 0)
+
+
+@pytest.mark.slow  # compiles the tiny target three times
+def test_a_mesh_gives_the_same_features_and_bfloat16_nearly_so(tmp_path):
+    """By the command's own way, the self-test on the mesh included; conftest gives a CPU of two devices."""
+    folder, draw = tiny.tiny_target(), np.random.default_rng(0)
+    ids = lambda count: draw.integers(4, len(tiny.TOKENS), count).tolist()
+    toy_cache.write_responses(tmp_path / "r.jsonl", [(ids(9), ids(40)), (ids(3), ids(30)), (ids(6), ids(20))])
+
+    def features(name, **changes):
+        config = cache.CacheBuildConfig(
+            target=folder, responses=tmp_path / "r.jsonl", out=tmp_path / name, capture_layers=(1, 3),
+            features="float32", **changes,
+        )  # fmt: skip
+        if name == "mesh":
+            built = cache.build(config, fingerprint={})
+            assert (built["mesh"], built["whole_axes"]) == ("data=2", [])
+            assert all(finding["holds"] for finding in built["self_test"].values())
+        else:
+            sizes = targets.read_target_config(folder)
+            cache.build_cache(config, fingerprint={}, capture=target_capture(config, sizes, mesh=None))
+        opened = cache.open_cache(tmp_path / name)
+        return np.concatenate([opened.sequence(i).features for i in range(3)])
+
+    whole = features("whole")
+    assert np.abs(features("mesh", mesh="data=2") - whole).max() < 1e-5 * np.abs(whole).max()  # measured 2e-6
+    half = features("half", dtype="bfloat16")
+    error = np.sqrt(((half - whole) ** 2).mean() / (whole**2).mean())
+    assert 1e-4 < error < 0.1
+    # whatever is stored, the forward was bfloat16's
+    np.testing.assert_array_equal(half, half.astype("bfloat16").astype(np.float32))
 
 
 @pytest.fixture(scope="module")

@@ -94,6 +94,7 @@ def test_gpt_oss_20b_from_its_config_alone(gpt_oss):
             num_sequences=1000,
             length=2048,
             device="h100",
+            dtype="bfloat16",
             mesh="data=2,model=4",
             tokens_per_batch=65536,
         )
@@ -119,11 +120,30 @@ def test_gpt_oss_20b_from_its_config_alone(gpt_oss):
 
 def test_a_forward_of_few_tokens_is_bound_by_reading_the_weights(gpt_oss):
     cost = cache_cost(
-        CacheCostConfig(target=gpt_oss, num_sequences=3, length=64, device="v6e", tokens_per_batch=64, mesh="model=8")
+        CacheCostConfig(
+            target=gpt_oss,
+            num_sequences=3,
+            length=64,
+            device="v6e",
+            tokens_per_batch=64,
+            mesh="model=8",
+            dtype="bfloat16",
+        )
     )
     time = cost["time"]
     assert time["shapes_bound_by_reading_weights"] == 1
     assert time["total_s"] == pytest.approx(3 * time["weight_bytes_per_device"] / 1.64e12, rel=1e-3)
+
+
+def test_float32_takes_twice_the_memory_and_the_time(gpt_oss):
+    half, whole = (
+        cache_cost(CacheCostConfig(target=gpt_oss, num_sequences=9, length=2048, device="h100", dtype=dtype))["time"]
+        for dtype in ("bfloat16", "float32")
+    )
+    assert half["weight_bytes_per_device"] * 2 == whole["weight_bytes_per_device"]
+    assert whole["total_s"] == pytest.approx(2 * half["total_s"], rel=1e-3)
+    assert (half["fits"], whole["fits"]) == (True, False)
+    assert (half["how"].split()[0], whole["how"].split()[0]) == ("bfloat16", "float32")
 
 
 def test_times_fewer_than_one_context_per_sample(gpt_oss):

@@ -59,6 +59,7 @@ def test_one_shard_by_hand(tmp_path):
     manifest = json.loads((tmp_path / "cache" / "manifest.json").read_text())
     records = manifest.pop("records")
     assert [record["command"] for record in records] == ["cache build"]
+    assert len(manifest.pop("plan_sha256")) == 64
     content = {name: value for name, value in manifest.items() if name not in ("config", "manifest_sha256")}
     assert content == {
         "format": "dflash-jax-cache",

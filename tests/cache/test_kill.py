@@ -5,15 +5,17 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from dflash_jax.cache import CacheBuildConfig, open_cache, verify_cache
+from dflash_jax.cache import CacheBuildConfig, open_cache, plan, verify_cache
 from dflash_jax.cache.ledger import Share
+from dflash_jax.cache.manifest import read_manifest, write_manifest
 from dflash_jax.cache.plan import ShardPlan
-from dflash_jax.core import InputError
+from dflash_jax.core import InputError, sha256_file
 from support import toy_cache
 
 
@@ -24,18 +26,22 @@ def run(*arguments, **options):
 
 
 def test_killed_25_times_gives_the_same_bytes(tmp_path):
-    rows = toy_cache.toy_rows(150, responses=3)
+    rows = toy_cache.toy_rows(90, responses=3)
     for name in ("whole", "killed"):
         toy_cache.write_inputs(tmp_path / name, rows)
     toy_cache.build_toy(tmp_path / "whole")
+    wanted = toy_cache.shard_bytes(tmp_path / "whole" / "cache")
     done = run(tmp_path / "killed", 25, 13)
     assert done.returncode == 0, done.stderr
     seen = json.loads(done.stdout.splitlines()[-1])
-    killed_with = {kill["shards"] for kill in seen if kill["killed"]}
-    wanted = toy_cache.shard_bytes(tmp_path / "whole" / "cache")
-    # the kills did fall inside builds: several different states of the folder were left behind
-    assert len(killed_with) >= 3, seen
+    assert len(seen["killed"]) == 25
+    # the kills fell on many states of the folder, some in the midst of a write, and did not keep builds from their end
+    assert len({len([n for n in names if n.startswith("shard-")]) for names in seen["killed"]}) >= 5, seen["killed"]
+    assert any(name.endswith(".partial") for names in seen["killed"] for name in names)
+    assert seen["finished"]
     toy_cache.build_toy(tmp_path / "killed")
+    digests = {path.name: sha256_file(path) for path in (tmp_path / "killed" / "cache").glob("*.safetensors")}
+    assert all(finished == digests for finished in seen["finished"])
     assert toy_cache.shard_bytes(tmp_path / "killed" / "cache") == wanted
     assert verify_cache(tmp_path / "killed" / "cache")["problems"] == []
     assert {path.name for path in (tmp_path / "killed" / "cache").iterdir()} == {*wanted, "manifest.json"}
@@ -209,6 +215,7 @@ def test_second_builder_is_refused(tmp_path):
         ({"features": "float32"}, "features was 'bfloat16', now 'float32'"),
         ({"share_prompts": False}, "share_prompts was True, now False"),
         ({"rope": "float32"}, "rope was 'exact', now 'float32'"),
+        ({"dtype": "bfloat16"}, "dtype was 'float32', now 'bfloat16'"),
         ({"mesh": "data=2"}, "mesh was 'data=1', now 'data=2'"),
         ({"fingerprint": toy_cache.FINGERPRINT | {"target_weights": "w2"}}, "target_weights was 'w1', now 'w2'"),
     ],
@@ -224,9 +231,50 @@ def test_changed_setting_is_named(tmp_path, changes, message):
 def test_every_setting_is_compared_or_free():
     """A setting that is added must be in one of the two tests here."""
     compared = {"tokens_per_shard", "tokens_per_batch", "capture_layers", "position_offsets", "features"}
-    compared |= {"share_prompts", "rope", "mesh"}
+    compared |= {"share_prompts", "rope", "dtype", "mesh"}
     free = {"target", "responses", "out", "process_index", "process_count"}
     assert {field.name for field in fields(CacheBuildConfig)} == compared | free
+
+
+def test_a_setting_that_the_first_run_did_not_know_had_its_default(tmp_path):
+    toy_cache.write_inputs(tmp_path, toy_cache.toy_rows(5))
+    toy_cache.build_toy(tmp_path)
+    manifest = read_manifest(tmp_path / "cache")
+    del manifest["config"]["dtype"]
+    write_manifest(tmp_path / "cache", manifest)
+    toy_cache.build_toy(tmp_path, capture=killed_after(0))
+    with pytest.raises(InputError, match="dtype was 'float32', now 'bfloat16'"):
+        toy_cache.build_toy(tmp_path, dtype="bfloat16")
+
+
+def test_a_version_that_plans_otherwise_does_not_go_on(tmp_path, monkeypatch):
+    """Its shards would hold some texts twice and others not at all."""
+    toy_cache.write_inputs(tmp_path, toy_cache.toy_rows(20))
+    with pytest.raises(KilledError):
+        toy_cache.build_toy(tmp_path, capture=killed_after(7))
+    monkeypatch.setattr(plan, "LENGTH_MULTIPLE", 32)
+    with pytest.raises(InputError, match=r"was begun by dflash-jax \d.*, which makes other batches .*: finish it with"):
+        toy_cache.build_toy(tmp_path)
+
+
+def test_the_plan_s_hash_tells_rows_shapes_and_shards_apart():
+    rows = np.array([2, 0])
+    step = plan.Step(rows=rows, padded_rows=2, padded_length=64, position_offset=0)
+    more = plan.Extension(rows=np.array([1]), sources=np.array([0]), padded_length=64)
+    steps = [
+        (step,),
+        (step, step),
+        (replace(step, rows=rows[::-1]),),
+        (replace(step, padded_rows=4),),
+        (replace(step, padded_length=128),),
+        (replace(step, position_offset=1),),
+        (replace(step, extensions=(more,)),),
+        (replace(step, extensions=(replace(more, sources=np.array([1])),)),),
+        (replace(step, extensions=(replace(more, padded_length=128),)),),
+    ]
+    shard = lambda *steps: plan.ShardPlan(file="f", steps=steps, sequences=1, tokens=1)
+    plans = [(shard(*one),) for one in steps] + [(shard(step), shard(step))]
+    assert len({plan.plan_sha256(one) for one in plans}) == len(plans)
 
 
 def test_changed_responses_are_named_and_moved_inputs_are_not(tmp_path):

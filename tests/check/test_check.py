@@ -342,6 +342,15 @@ def test_what_is_compared_must_fit_too(tmp_path, target_folder, cache_folder, dr
     refused("^the drafter .*changed does not fit the target: vocab_size is 54", *paths, compare_drafters=(other,))
 
 
+def test_a_flipped_byte_is_found_when_its_shard_is_first_touched(tmp_path, target_folder, cache_folder, drafter_folder):
+    damaged = shutil.copytree(cache_folder, tmp_path / "cache")
+    path = max(damaged.glob("*.safetensors"))
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    refused(f"{path.name} is damaged: its sha256 is not the ledger's", target_folder, damaged, drafter_folder)
+
+
 def test_another_target_is_named(tmp_path, cache_folder, drafter_folder):
     other = tiny.write_tiny_target(tmp_path / "other", seed=99)
     refused("^the cache was not made for the target .*other: target_weights is", other, cache_folder, drafter_folder)

@@ -1,7 +1,7 @@
 """A tiny cache build without a model: a target's config, responses, and a forward made of whole numbers.
 
 Run as a program it builds and kills itself again and again: `python toy_cache.py FOLDER KILLS SEED`, with the folder of
-`write_inputs`.
+`write_inputs`; the last line tells what each kill left, and the shards of each build that was finished on the way.
 """
 
 import json
@@ -190,18 +190,28 @@ def in_child(work):
     return int(text) if text else None
 
 
+def is_complete(cache):
+    return (cache / "manifest.json").exists() and json.loads((cache / "manifest.json").read_text())["complete"]
+
+
 def main():
+    """Count only kills that left a build unfinished; when one is finished, tell its shards' bytes and begin anew."""
     folder, kills, seed = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
-    draw = random.Random(seed)
+    draw, cache = random.Random(seed), folder / "cache"
     counted = shutil.copytree(folder, folder.with_name(folder.name + "-counted"))
     steps = in_child(lambda: build_and_die(counted, 10**12))
     assert steps, "the build that was left alone failed"
-    seen = []
-    for _ in range(kills):
-        last = draw.randint(1, steps // 2)
-        done = in_child(lambda last=last: build_and_die(folder, last))
-        seen.append({"killed": done is None, "shards": len(list((folder / "cache").glob("shard-*")))})
-    sys.stdout.write(json.dumps(seen) + "\n")
+    killed, finished = [], []
+    while len(killed) < kills:
+        last = draw.randint(1, steps)
+        died = in_child(lambda last=last: build_and_die(folder, last)) is None
+        if is_complete(cache):
+            finished.append({path.name: sha256_file(path) for path in cache.glob("*.safetensors")})
+            shutil.rmtree(cache)
+        else:
+            assert died, "a build that was left alone is not complete"
+            killed.append(sorted(path.name for path in cache.glob("*")) if cache.exists() else [])
+    sys.stdout.write(json.dumps({"killed": killed, "finished": finished}) + "\n")
 
 
 if __name__ == "__main__":

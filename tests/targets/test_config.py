@@ -50,6 +50,8 @@ def test_fields_that_checkpoints_leave_out(tmp_path):
     config = read(tmp_path, num_key_value_heads=...)
     assert (config.num_kv_heads, config.head_dim, config.tie_embeddings) == (6, 4, False)
     assert read(tmp_path, head_dim=None).head_dim == 4
+    # as Llama 2's do; transformers' default
+    assert read(tmp_path, rope_theta=...).rope_theta == 10000.0
 
 
 def test_rope_theta_of_transformers_5(tmp_path):
@@ -70,19 +72,31 @@ def test_rope_theta_of_transformers_5(tmp_path):
             "not handled: hidden_act is 'gelu'; residual_multiplier is 0.5; sliding_window is 128",
         ),
         ({"layer_types": ["full_attention"] * 4 + ["chunked"]}, "not handled: layer_types has 'chunked'"),
+        (
+            {"attention_chunk_size": 8192, "clip_qkv": 8.0, "logits_scaling": 16, "qk_layernorm": True},
+            "not handled: attention_chunk_size is 8192; clip_qkv is 8.0; logits_scaling is 16; qk_layernorm is True",
+        ),
         ({"layer_types": ["full_attention"] * 4}, r"layer_types is \['full.*\], a list of 5 is needed"),
         ({"attention_bias": "yes"}, "attention_bias is 'yes', true or false is needed"),
         (
             {"rope_scaling": {"type": "linear", "factor": 2}},
             "rope_scaling.rope_type is 'linear'; handled: default, llama3, yarn",
         ),
+        (
+            {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}},
+            "rope_scaling.rope_type is 'dynamic'; handled: default, llama3, yarn",
+        ),
+        (
+            {"rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0], "factor": 4.0}},
+            "rope_parameters.rope_type is 'longrope'; handled: default, llama3, yarn",
+        ),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5"),
         ({"quantization_config": {"bits": 4}}, "not handled: quantization_config is {'bits': 4}"),
         (
             {"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0}},
             "rope_parameters.high_freq_factor is missing; rope_parameters.low_freq_factor is missing",
         ),
         ({"rope_parameters": {"type": "yarn"}}, "rope_parameters.factor is missing"),
-        ({"rope_theta": ...}, "rope_theta is missing"),
         ({"rope_theta": -1.0}, "rope_theta is -1.0, a number above 1 is needed"),
         ({"rms_norm_eps": "small"}, "rms_norm_eps is 'small', a positive number is needed"),
         ({"num_attention_heads": ...}, "num_attention_heads is missing"),
@@ -149,7 +163,8 @@ def test_gpt_oss_20b(tmp_path):
         rope_scaling=YarnScaling(factor=32.0, original_max_position_embeddings=4096, truncate=False),
     )  # fmt: skip
     # what transformers makes of a config that is silent
-    silent = read_as(tmp_path, GPT_OSS, layer_types=..., head_dim=..., attention_bias=..., swiglu_limit=...)
+    silent = dict.fromkeys(("layer_types", "head_dim", "attention_bias", "swiglu_limit", "rope_theta"), ...)
+    silent = read_as(tmp_path, GPT_OSS, **silent)
     assert silent == config
     assert not read_as(tmp_path, GPT_OSS, quantization_config=None).mxfp4
     shapes, stored = tensor_shapes(config), stored_shapes(config)
@@ -169,7 +184,10 @@ def test_qwen3(tmp_path):
     slides = read_as(tmp_path, QWEN3, use_sliding_window=True, max_window_layers=3)
     assert (slides.sliding_layers, slides.sliding_window) == ((3, 4), 4096)
     kinds = ["full_attention", "sliding_attention"] * 2 + ["full_attention"]
-    assert read_as(tmp_path, QWEN3, layer_types=kinds).sliding_layers == (1, 3)
+    assert read_as(tmp_path, QWEN3, layer_types=kinds, use_sliding_window=True).sliding_layers == (1, 3)
+    # transformers leaves the window out then, and its mask fails
+    with pytest.raises(InputError, match="layer_types has 'sliding_attention' and use_sliding_window is not true"):
+        read_as(tmp_path, QWEN3, layer_types=kinds)
     assert read_as(tmp_path, QWEN3, attention_bias=True).attention_bias
 
 

@@ -18,6 +18,7 @@ from dflash_jax.targets import (
     load_target,
     read_target_config,
     stored_shapes,
+    streaming,
     tensor_shapes,
 )
 from support import loading_worker
@@ -73,11 +74,35 @@ def test_missing_extra_and_misshaped_tensors_are_listed_at_once(copies):
 
 def test_a_tied_head_may_be_stored_once_more(copies, checkpoints):
     folder = copies("tied")
-    change_weights(folder, lambda tensors: tensors.update({"lm_head.weight": np.zeros((101, 42), np.float32)}))
+    change_weights(folder, lambda tensors: tensors.update({"lm_head.weight": tensors["model.embed_tokens.weight"]}))
     target = load_target(folder)
     assert target.lm_head is None
     want = checkpoints["tied"].model.get_input_embeddings().weight.detach().numpy()
     np.testing.assert_array_equal(target.head, want)
+
+
+@pytest.mark.parametrize(
+    "head", [lambda x: x[:, :-1], lambda x: x.astype(np.float16), lambda x: np.concatenate([x[:-1], -x[-1:]])]
+)
+def test_a_stored_head_that_is_not_the_tied_embedding_is_refused(copies, head, monkeypatch):
+    """Transformers 5 would use the head, others the embedding."""
+    monkeypatch.setattr(streaming, "PIECE_BYTES", 4096)  # several pieces; the difference is in the last
+    folder = copies("tied")
+
+    def store(tensors):
+        tensors["lm_head.weight"] = np.ascontiguousarray(head(tensors["model.embed_tokens.weight"]))
+
+    change_weights(folder, store)
+    with pytest.raises(InputError, match="tie_word_embeddings, and lm_head.weight is stored and is not the embedding"):
+        load_target(folder)
+    describe_target(folder)  # reads no weight
+
+
+def test_rotary_frequencies_in_the_file_are_passed_over(copies):
+    folder = copies("grouped")
+    name = "model.layers.0.self_attn.rotary_emb.inv_freq"  # as Llama 2's files have it
+    change_weights(folder, lambda tensors: tensors.update({name: np.ones(2, np.float32)}))
+    load_target(folder)
 
 
 def test_quantised_weights_are_refused(copies):
@@ -133,6 +158,9 @@ def test_folders_without_weights_and_indexes_that_are_none(copies):
     )
     refuse({"metadata": {}}, "is not a weight index: it has no weight_map")
     refuse(["weight_map"], "is not a weight index")
+    (folder / "model.safetensors").write_bytes(b"")
+    refuse(index, "has a model.safetensors that its model.safetensors.index.json does not name: remove one of the two")
+    (folder / "model.safetensors").unlink()
     (folder / INDEX).unlink()
     with pytest.raises(
         InputError, match="is not a target folder: it has no model.safetensors and no model.safetensors.index"

@@ -12,7 +12,7 @@ from dflash_jax.cache.config import MAX_POSITION, CacheBuildConfig
 from dflash_jax.cache.forward import Capture, begin_shard, fill, forwards
 from dflash_jax.cache.ledger import Share, check_settings, commit, locked, resume
 from dflash_jax.cache.manifest import FORMAT, FORMAT_VERSION, read_manifest
-from dflash_jax.cache.plan import ShardPlan, group_prompts, plan_shards
+from dflash_jax.cache.plan import ShardPlan, group_prompts, plan_sha256, plan_shards
 from dflash_jax.cache.responses import Responses, read_responses
 from dflash_jax.cache.shards import Layout, bytes_per_token, tensor_layout
 from dflash_jax.core import InputError, make_record
@@ -156,6 +156,7 @@ def new_manifest(plan: BuildPlan, fingerprint: dict[str, Any]) -> dict[str, Any]
         "config": record.pop("config"),
         "records": [record],
         "responses_sha256": responses.sha256,
+        "plan_sha256": plan_sha256(plan.shards),
         "hidden_size": plan.target.hidden_size,
         "capture_layers": layers,
         "position_offsets": list(config.position_offsets),

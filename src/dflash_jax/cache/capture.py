@@ -95,17 +95,18 @@ class TargetCapture:
         *,
         capture_layers: tuple[int, ...],
         layout: FeatureLayout,
+        dtype: str = "float32",
         rope: str = "exact",
         mesh: Mesh | None = None,
     ) -> None:
-        """Remember what to capture. `layout` is that of the features on disk; the forward is float32."""
+        """Remember what to capture. `layout` is that of the features on disk, `dtype` what the target runs in."""
         self._folder, self._capture_layers, self._layout = folder, capture_layers, layout
-        self._rope, self._mesh = rope, mesh
+        self._dtype, self._rope, self._mesh = dtype, rope, mesh
 
     @cached_property
     def target(self) -> Target:
         """The target, loaded when it is first needed."""
-        return load_target(self._folder, rope=self._rope, mesh=self._mesh)
+        return load_target(self._folder, dtype=jnp.dtype(self._dtype), rope=self._rope, mesh=self._mesh)
 
     def start(
         self,
@@ -172,6 +173,7 @@ def target_capture(config: CacheBuildConfig, target: TargetConfig, *, mesh: Mesh
         config.target,
         capture_layers=layers,
         layout=replace(config, capture_layers=layers).feature_layout(target.hidden_size),
+        dtype=config.dtype,
         rope=config.rope,
         mesh=mesh,
     )

@@ -2,12 +2,14 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal, get_args
 
 from dflash_jax.cache.features import FEATURES_DTYPES, FeatureLayout, FeaturesDtype
 from dflash_jax.core import InputError, parse_mesh
 from dflash_jax.nn import check_rope_precision
 
 MAX_TOP_K = 1024  # 6 KiB a token, more than the features of most targets
+ComputeDtype = Literal["float32", "bfloat16"]
 MAX_POSITION = 2**31 - 1  # positions are int32 on disk and on the device
 
 
@@ -29,6 +31,8 @@ class CacheBuildConfig:
     """How a feature is stored; int8 and float8 have scales per token and take about half of bfloat16's bytes."""
     top_k: int = 0
     """Likeliest tokens of the target stored after each token, with their log-probabilities, for `train --loss kl`."""
+    dtype: ComputeDtype = "float32"
+    """What the target runs in; bfloat16 halves its memory, and on an NVIDIA GPU its attention is cuDNN's."""
     mesh: str = "data=1"
     """Devices to split the target over, such as data=2,model=4 (axes: data, expert, model); default: one device."""
     rope: str = "exact"
@@ -55,8 +59,9 @@ class CacheBuildConfig:
             raise InputError(
                 f"--position-offsets is {_commas(offsets)!r}: name different positions from 0 to {MAX_POSITION}"
             )
-        if self.features not in FEATURES_DTYPES:
-            raise InputError(f"--features is {self.features!r}: choose one of {', '.join(FEATURES_DTYPES)}")
+        for name, choices in (("features", FEATURES_DTYPES), ("dtype", get_args(ComputeDtype))):
+            if getattr(self, name) not in choices:
+                raise InputError(f"--{name} is {getattr(self, name)!r}: choose one of {', '.join(choices)}")
         if not 0 <= self.top_k <= MAX_TOP_K:
             raise InputError(f"--top-k is {self.top_k}: a number from 0 to {MAX_TOP_K} is needed")
         index, count = self.process_index, self.process_count

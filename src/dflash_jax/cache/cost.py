@@ -13,7 +13,7 @@ import numpy as np
 
 from dflash_jax.cache.build import BuildPlan, plan_build, plan_sequences, resolve_layers
 from dflash_jax.cache.capture import TargetCapture, target_capture
-from dflash_jax.cache.config import CacheBuildConfig
+from dflash_jax.cache.config import CacheBuildConfig, ComputeDtype
 from dflash_jax.cache.features import FeatureLayout, FeaturesDtype
 from dflash_jax.cache.manifest import FORMAT_VERSION
 from dflash_jax.cache.responses import Responses
@@ -67,6 +67,8 @@ class CacheCostConfig:
     features: FeaturesDtype = "bfloat16"
     """See `cache build`."""
     top_k: int = 0
+    """See `cache build`."""
+    dtype: ComputeDtype = "float32"
     """See `cache build`."""
     mesh: str = "data=1"
     """See `cache build`; with --device, devices that need not be here."""
@@ -285,10 +287,11 @@ def _sheet_time(work: _Work, config: CacheCostConfig) -> dict[str, Any]:
     """A roofline: every forward takes what its FLOPs or its reading of the weights takes, whichever is more."""
     assert config.device is not None
     flops_per_s, bytes_per_s, memory = DEVICES[config.device]
+    if config.dtype == "float32":
+        flops_per_s /= 2  # TensorFloat-32's
     mesh = parse_mesh(config.mesh)
-    weights = describe_target(config.target, mesh=mesh, rope=config.rope)["memory"]["bfloat16"][
-        "weight_bytes_per_device"
-    ]
+    described = describe_target(config.target, mesh=mesh, rope=config.rope)
+    weights = described["memory"][config.dtype]["weight_bytes_per_device"]
     ideal = {shape: max(work.flops(shape) / (flops_per_s * mesh.size), weights / bytes_per_s) for shape in work.runs}
     read_bound = sum(weights / bytes_per_s > work.flops(s) / (flops_per_s * mesh.size) for s in work.runs)
     ideal_s = sum(count * ideal[shape] for shape, count in work.runs.items())
@@ -307,7 +310,8 @@ def _sheet_time(work: _Work, config: CacheCostConfig) -> dict[str, Any]:
         "weight_bytes_per_device": weights,
         "fits": bool(weights < memory),
         "shapes_bound_by_reading_weights": read_bound,
-        "how": f"bfloat16 roofline at {config.utilisation:.0%} of the data sheet, without loading, compiling, writing",
+        "how": f"{config.dtype} roofline at {config.utilisation:.0%} of the data sheet, "
+        "without loading, compiling, writing",
     }
 
 

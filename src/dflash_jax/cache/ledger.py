@@ -10,12 +10,13 @@ import os
 import re
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
 
+from dflash_jax.cache.config import CacheBuildConfig
 from dflash_jax.cache.manifest import LOCK_NAME, LOCK_NAMES, MANIFEST_NAME, read_manifest, write_manifest
 from dflash_jax.cache.plan import ShardPlan
 from dflash_jax.cache.shards import Layout, file_problem, write_shard
@@ -115,10 +116,13 @@ def _manifest_held(out: Path) -> Iterator[None]:
 
 
 def _settings(manifest: dict[str, Any]) -> dict[str, Any]:
-    """What must not change between the runs of one build."""
+    """What must not change between the runs of one build.
+
+    A setting that a build of an older version did not know was what its default is now.
+    """
+    known = {field.name: field.default for field in fields(CacheBuildConfig)}
     return {
-        "top_k": 0,  # of builds begun before there was the flag
-        **{name: value for name, value in manifest["config"].items() if name not in _FREE},
+        **{name: value for name, value in (known | manifest["config"]).items() if name not in _FREE},
         **manifest["fingerprint"],
         **{name: manifest[name] for name in ("format_version", "hidden_size", "responses_sha256", "max_new_tokens")},
     }
@@ -142,6 +146,12 @@ def _stored(out: Path, new: dict[str, Any]) -> dict[str, Any] | None:
         raise InputError(
             f"{out} was begun with other settings: {'; '.join(changed)}: keep them or choose another --out"
         )
+    if stored.get("plan_sha256") != new["plan_sha256"]:
+        version = stored["records"][0].get("versions", {}).get("dflash-jax")
+        raise InputError(
+            f"{out} was begun by dflash-jax {version}, which makes other batches of the same texts: finish it with "
+            "that version, or choose another --out"
+        )
     return stored
 
 
@@ -160,7 +170,7 @@ def check_settings(out: Path, new: dict[str, Any]) -> set[str]:
         The shards that are finished there, intact or not.
 
     Raises:
-        InputError: it does; or the folder cannot be read.
+        InputError: it does; or the folder cannot be read; or a version that plans otherwise began it.
     """
     if not out.exists():
         return set()

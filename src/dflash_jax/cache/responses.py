@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int32, Int64, UInt16, UInt64
 
-from dflash_jax.core import InputError, read_json
+from dflash_jax.core import InputError, read_json, sha256_json
 
 _WHAT = "the responses file"
 UNKNOWN_SET = "unknown"
@@ -116,15 +116,37 @@ class _Columns:
     prompt_len: array = field(default_factory=lambda: array("i"))
     prompt_hash: array = field(default_factory=lambda: array("Q"))
     prompt_set: array = field(default_factory=lambda: array("i"))
+    row_hash: array = field(default_factory=lambda: array("Q"))
+    line_number: array = field(default_factory=lambda: array("q"))
     set_index: dict[str, int] = field(default_factory=dict)
 
-    def add(self, start: int, row: dict[str, Any], prompt: Int32[np.ndarray, " prompt"], length: int) -> None:
+    def add(
+        self, start: int, number: int, row: dict[str, Any], prompt: Int32[np.ndarray, " prompt"], length: int
+    ) -> None:
         name = row.get("set", UNKNOWN_SET)
+        content = [row["id"], row["prompt_ids"], row["response_ids"]]
+        self.row_hash.append(int(sha256_json(content)[:16], 16))
+        self.line_number.append(number)
         self.line_starts.append(start)
         self.lengths.append(length)
         self.prompt_len.append(len(prompt))
         self.prompt_hash.append(hash_prompt(prompt))
         self.prompt_set.append(self.set_index.setdefault(name, len(self.set_index)))
+
+
+def _refuse_repeated(path: Path, columns: _Columns) -> None:
+    """Refuse a row that is there twice, as after `cat a b b`. Other responses of one id are no mistake."""
+    hashes = np.frombuffer(columns.row_hash, np.uint64)
+    order = np.argsort(hashes, kind="stable")
+    again = np.flatnonzero(hashes[order[1:]] == hashes[order[:-1]])
+    if again.size:
+        second = int(order[again + 1].min())
+        first = int(np.flatnonzero(hashes == hashes[second])[0])
+        lines = columns.line_number
+        raise InputError(
+            f"{_WHAT}: {path} line {lines[second]}: the id and the tokens are those of line {lines[first]} already "
+            f"({again.size} rows are there twice): drop one of them"
+        )
 
 
 def _checked_row(line: bytes, *, vocab_size: int, max_length: int) -> tuple[dict[str, Any], np.ndarray, int]:
@@ -155,8 +177,8 @@ def read_responses(path: Path, *, vocab_size: int, max_length: int) -> Responses
 
     Raises:
         InputError: the file is missing or empty; a line is not JSON, lacks a key, has no prompt or no response tokens,
-            a token outside the vocabulary, or is longer than the context; more than 65536 sets. The message gives the
-            line's number.
+            a token outside the vocabulary, is longer than the context, or is there twice; more than 65536 sets. The
+            message gives the line's number.
     """
     if not path.is_file():
         raise InputError(f"{_WHAT} is missing: {path}")
@@ -166,12 +188,13 @@ def read_responses(path: Path, *, vocab_size: int, max_length: int) -> Responses
             digest.update(line)
             try:
                 if line.strip():
-                    columns.add(start, *_checked_row(line, vocab_size=vocab_size, max_length=max_length))
+                    columns.add(start, number, *_checked_row(line, vocab_size=vocab_size, max_length=max_length))
             except ValueError as error:  # a UnicodeDecodeError too
                 raise InputError(f"{_WHAT}: {path} line {number}: {error}: fix or drop that row") from error
             start += len(line)
     if not columns.lengths:
         raise InputError(f"{_WHAT} holds no rows: {path}")
+    _refuse_repeated(path, columns)
     prompt_sets = tuple(sorted(columns.set_index))
     if len(prompt_sets) > MAX_PROMPT_SETS:
         raise InputError(f"{_WHAT}: {path} names {len(prompt_sets)} sets, {MAX_PROMPT_SETS} are the most: join some")

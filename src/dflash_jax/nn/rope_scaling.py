@@ -155,10 +155,16 @@ def _read_scaling(raw: Mapping[str, Any], *, where: str) -> tuple[RopeScaling | 
     return made, [f"{where}: {problem}" for problem in made.problems()]
 
 
-def read_rope(raw: Mapping[str, Any]) -> tuple[float | None, RopeScaling | None, list[str]]:
+def read_rope(
+    raw: Mapping[str, Any], *, default_theta: float | None = None
+) -> tuple[float | None, RopeScaling | None, list[str]]:
     """Return theta, scaling (None: none) and what is wrong with the rotary settings of a `config.json`.
 
     The problems are phrases for one line, such as "rope_theta is missing"; the values mean nothing where there are any.
+
+    Args:
+        raw: the config.
+        default_theta: what a config without `rope_theta` means; None: that it is missing.
     """
     problems, found = [], {}
     for name in ("rope_scaling", "rope_parameters"):
@@ -168,6 +174,7 @@ def read_rope(raw: Mapping[str, Any]) -> tuple[float | None, RopeScaling | None,
         elif value:
             found[name] = value
     theta = found.get("rope_parameters", {}).get("rope_theta", raw.get("rope_theta"))
+    theta = default_theta if theta is None else theta
     if theta is None:
         problems.append("rope_theta is missing")
     elif type(theta) not in (int, float) or not math.isfinite(theta) or theta <= 1:

@@ -16,16 +16,25 @@ from dflash_jax.targets.mxfp4 import MXFP4_GROUP
 # not there, is always handled; a family's own settings are read elsewhere.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "hidden_act": ("silu",),
+    "attention_chunk_size": (),
     "attention_multiplier": (),
     "attn_logit_softcapping": (),
+    "attn_temperature_tuning": (False,),
+    "clip_qkv": (),
+    "dim_model_base": (),
     "embedding_multiplier": (1,),
     "final_logit_softcapping": (),
     "logit_scale": (1,),
     "logits_scaling": (1,),
+    "no_rope_layer_interval": (),
     "no_rope_layers": (),
+    "qk_layernorm": (False,),
     "query_pre_attn_scalar": (),
     "residual_multiplier": (1,),
+    "scale_depth": (1,),
+    "scale_emb": (1,),
     "use_bidirectional_attention": (False,),
+    "use_qk_norm": (False,),
 }
 
 
@@ -43,6 +52,7 @@ class _Family:
         experts: whether MLPs are mixtures of experts.
         windows: whether layers may have sliding windows.
         first_slides: whether, without `layer_types`, every second layer slides, the first one too.
+        rope_theta: base of the rotary frequencies where the config does not say (Llama 2's do not).
     """
 
     head_dim: int | None = None
@@ -54,6 +64,7 @@ class _Family:
     experts: bool = False
     windows: bool = False
     first_slides: bool = False
+    rope_theta: float = 10_000.0
 
 
 _FAMILIES = {
@@ -67,6 +78,7 @@ _FAMILIES = {
         experts=True,
         windows=True,
         first_slides=True,
+        rope_theta=150_000.0,
     ),
 }
 
@@ -211,6 +223,8 @@ class _Reader:
         sliding = tuple(index for index, kind in enumerate(kinds) if kind == "sliding_attention")
         if not sliding or not self.family.windows:
             return {}
+        if not self.family.first_slides and not self.flag("use_sliding_window", default=False):
+            self.wrong.append("layer_types has 'sliding_attention' and use_sliding_window is not true")
         return {"sliding_window": self.size("sliding_window"), "sliding_layers": sliding}
 
     def _kinds_left_out(self, num_layers: int) -> list[str]:
@@ -251,7 +265,7 @@ class _Reader:
 
     def rope(self) -> dict[str, Any]:
         """The rotary settings."""
-        theta, scaling, problems = read_rope(self.raw)
+        theta, scaling, problems = read_rope(self.raw, default_theta=self.family.rope_theta)
         self.wrong += problems
         return {"rope_theta": theta, "rope_scaling": scaling}
 

@@ -200,6 +200,30 @@ def extend(
     return _forward(target, kv, tokens, num_valid=num_valid, capture_layers=capture_layers, from_empty=False)
 
 
+@eqx.filter_jit
+def _run_layer(
+    layer: DecoderLayer,
+    x: Float[Array, "batch query hidden"],
+    *,
+    cos_sin: tuple[Float[Array, "batch query half_dim"], Float[Array, "batch query half_dim"]],
+    kv: LayerKV,
+    starts: Int32[Array, " batch"],
+    from_empty: bool,
+    mesh: Mesh | None,
+) -> tuple[Float[Array, "batch query hidden"], LayerKV]:
+    """The residual stream after a layer, and the layer's cache.
+
+    A program of its own: layers of one kind are traced once, and compiled once where a forward runs operation by
+    operation. Within a larger program XLA inlines it.
+    """
+    attended, kv = layer.self_attn(
+        layer.input_layernorm(x), cos_sin=cos_sin, kv=kv, starts=starts, from_empty=from_empty
+    )
+    x = constrain(x + attended, _ROWS, mesh)
+    x = constrain(x + apply_mlp(layer.mlp, layer.post_attention_layernorm(x), mesh), _ROWS, mesh)
+    return x, _pin_kv(kv, mesh)
+
+
 def _forward(
     target: Target,
     kv: KVCache,
@@ -217,12 +241,10 @@ def _forward(
     x = constrain(target.embed_tokens[tokens], _ROWS, target.mesh)
     layer_caches, captured = [], {}
     for index, (layer, layer_kv) in enumerate(zip(target.layers, kv.layers, strict=True)):
-        attended, layer_kv = layer.self_attn(
-            layer.input_layernorm(x), cos_sin=cos_sin, kv=layer_kv, starts=kv.lengths, from_empty=from_empty
+        x, layer_kv = _run_layer(
+            layer, x, cos_sin=cos_sin, kv=layer_kv, starts=kv.lengths, from_empty=from_empty, mesh=target.mesh
         )
-        x = constrain(x + attended, _ROWS, target.mesh)
-        x = constrain(x + apply_mlp(layer.mlp, layer.post_attention_layernorm(x), target.mesh), _ROWS, target.mesh)
-        layer_caches.append(_pin_kv(layer_kv, target.mesh))
+        layer_caches.append(layer_kv)
         captured[index] = x
     features = [captured[index] for index in capture_layers] or [jnp.zeros((*tokens.shape, 0), x.dtype)]
     lengths = kv.lengths + (jnp.int32(query) if num_valid is None else num_valid)

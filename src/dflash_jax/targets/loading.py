@@ -13,9 +13,17 @@ from dflash_jax.targets.config import TargetConfig, read_target_config
 from dflash_jax.targets.decoder import Target
 from dflash_jax.targets.layout import assemble, stored_names, stored_shapes, tensor_axes, tensor_shapes
 from dflash_jax.targets.sharding import check_mesh, weight_sharding
-from dflash_jax.targets.streaming import StoredTensor, make_array, read_mxfp4, read_slice, stored_tensors
+from dflash_jax.targets.streaming import (
+    StoredTensor,
+    make_array,
+    read_mxfp4,
+    read_slice,
+    same_bits,
+    stored_tensors,
+)
 
 _INDEX = "model.safetensors.index.json"
+_HEAD = "lm_head.weight"
 
 
 def has_weights(folder: Path) -> bool:
@@ -28,7 +36,7 @@ def weight_files(folder: Path) -> list[Path]:
 
     Raises:
         InputError: neither is there; the index is no index, or names a path outside the folder or a file that is not
-            there.
+            there; there is a `model.safetensors` that the index does not name.
     """
     if not (folder / _INDEX).is_file():
         if not (folder / "model.safetensors").is_file():
@@ -42,6 +50,8 @@ def weight_files(folder: Path) -> list[Path]:
     foreign = [name for name in names if Path(name).name != name]
     if foreign:
         raise InputError(f"{folder / _INDEX} names a file outside the folder: {foreign[0]}")
+    if (folder / "model.safetensors").is_file() and "model.safetensors" not in names:
+        raise InputError(f"{folder} has a model.safetensors that its {_INDEX} does not name: remove one of the two")
     missing = [name for name in names if not (folder / name).is_file()]
     if missing:
         raise InputError(f"{folder / _INDEX} names files that are not there: {', '.join(missing)}")
@@ -56,7 +66,9 @@ def checked_tensors(folder: Path, config: TargetConfig) -> dict[str, StoredTenso
     """
     found = stored_tensors(weight_files(folder))
     if config.tie_embeddings:
-        found.pop("lm_head.weight", None)  # some checkpoints store the tied head once more
+        found.pop(_HEAD, None)  # some checkpoints store the tied head once more
+    # Llama 2's files hold the rotary frequencies too, which the config tells
+    found = {name: tensor for name, tensor in found.items() if not name.endswith(".rotary_emb.inv_freq")}
     wanted = stored_shapes(config)
     check_names_and_shapes({name: tensor.shape for name, tensor in found.items()}, wanted, what=str(folder))
     packed = {part for name in tensor_shapes(config) if len(parts := stored_names(config, name)) > 1 for part in parts}
@@ -68,6 +80,19 @@ def checked_tensors(folder: Path, config: TargetConfig) -> dict[str, StoredTenso
     if wrong:
         raise InputError(f"{folder}: {len(wrong)} tensor(s) are of another dtype: {'; '.join(wrong)}")
     return found
+
+
+def _check_tied_head(folder: Path, config: TargetConfig) -> None:
+    """Refuse a head that is stored and is not the embedding it is said to be: engines differ in which they use."""
+    if not config.tie_embeddings:
+        return
+    stored = stored_tensors(weight_files(folder))
+    head, embedding = stored.get(_HEAD), stored["model.embed_tokens.weight"]
+    if head is not None and not same_bits(head, embedding):
+        raise InputError(
+            f"{folder}: config.json says tie_word_embeddings, and {_HEAD} is stored and is not the embedding: say "
+            f"false there if the head is meant, or take {_HEAD} out of the weights"
+        )
 
 
 def load_target(
@@ -83,11 +108,13 @@ def load_target(
 
     Raises:
         InputError: see `read_target_config`; weights missing, truncated, of a dtype that is not a plain float, or not
-            what the config calls for (all named at once); a mesh with an expert axis for a target without experts.
+            what the config calls for (all named at once); a stored head that should be the embedding and is not; a
+            mesh with an expert axis for a target without experts.
     """
     config = read_target_config(folder, rope=rope)
     check_mesh(config, mesh_shape(mesh))
     stored, shapes, axes = checked_tensors(folder, config), tensor_shapes(config), tensor_axes(config)
+    _check_tied_head(folder, config)
 
     def take(name: str) -> jax.Array:
         parts = [stored[part] for part in stored_names(config, name)]

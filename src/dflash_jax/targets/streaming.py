@@ -111,6 +111,22 @@ def read_slice(tensor: StoredTensor, index: Index, out: np.ndarray) -> None:
         del whole, source  # the mapping cannot be closed while arrays look into it
 
 
+def same_bits(one: StoredTensor, other: StoredTensor) -> bool:
+    """Return whether two tensors of at least one dimension are equal in dtype, shape and every bit."""
+    if one.dtype != other.dtype or one.shape != other.shape:
+        return False
+    rest = tuple(slice(None) for _ in one.shape[1:])
+    step = max(1, PIECE_BYTES // max(1, one.num_bytes // max(1, one.shape[0])))
+    for first in range(0, one.shape[0], step):
+        rows = slice(first, min(first + step, one.shape[0]))
+        parts = [np.empty((rows.stop - first, *one.shape[1:]), one.dtype) for _ in range(2)]
+        for tensor, part in zip((one, other), parts, strict=True):
+            read_slice(tensor, (rows, *rest), part)
+        if not np.array_equal(*(part.view(np.uint8) for part in parts)):
+            return False
+    return True
+
+
 @partial(jax.jit, static_argnames="dtype")
 def _dequantise(
     blocks: UInt8[Array, "rows groups 16"], scales: UInt8[Array, "rows groups"], dtype: str
