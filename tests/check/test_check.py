@@ -13,6 +13,7 @@ from dflash_jax.check import CheckConfig, check
 from dflash_jax.core import InputError, load_tensors, no_progress, read_json, read_jsonl, sha256_file, write_json
 from dflash_jax.decode import Decoder
 from dflash_jax.drafter import load_drafter, save_drafter
+from dflash_jax.generate import ResponsesConfig, generate_responses
 from dflash_jax.targets import load_target
 from dflash_jax.text import load_tokenizer
 from oracles import blocks
@@ -270,6 +271,18 @@ def test_text_that_is_not_greedy_is_a_warning(tmp_path, target_folder, cache_fol
     assert warning.startswith(f"{found['num_departures']} of {tokens} response tokens (")
     assert f"({found['num_unlabelled']:,} have none, those past the texts' ends included)" in warning
     assert "replay (tau) assumes greedy text" in warning
+
+
+@pytest.mark.slow
+def test_sampled_responses_are_a_warning(tmp_path, target_folder, drafter_folder):
+    prompts = tiny.write_prompts(tmp_path / "prompts.jsonl", TEXTS)
+    sampled = tmp_path / "sampled.jsonl"
+    settings = {"target": target_folder, "prompts": str(prompts), "out": sampled, "max_new_tokens": BUDGET}
+    generate_responses(ResponsesConfig(**settings, temperature=1.0))
+    cache = tiny_chain.build_cache(tmp_path / "cache", target_folder, sampled)
+    found = check(some_config(target_folder, cache, drafter_folder))
+    assert found["num_departures"] > found["num_response_tokens"] / 4
+    assert "replay (tau) assumes greedy text" in found["warnings"][-1]
 
 
 @pytest.mark.slow

@@ -97,6 +97,16 @@ def test_unequal_tokens_are_a_violation(tokens_equal: bool | None, holds: bool):
     assert commands["demo"].holds({"check": {}, "decode": decoded}) is holds
 
 
+@pytest.mark.parametrize(
+    ("dtype", "explained", "holds"),
+    [("bfloat16", [True, True], True), ("bfloat16", [True, False], False), ("float32", [True, True], False)],
+)
+def test_only_bfloat16_may_flip_near_ties(dtype: str, explained: list[bool], holds: bool):
+    (decode,) = (command for command in COMMANDS if command.name == "decode")
+    differences = [{"explained": one} for one in explained]
+    assert decode.holds({"tokens_equal": False, "dtype": dtype, "differences": differences}) is holds
+
+
 def test_json_that_cannot_be_written_is_learnt_first(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     (tmp_path / "file").write_text("")
     for path, why in ((tmp_path, "is a folder"), (tmp_path / "file" / "a.json", "cannot be written")):

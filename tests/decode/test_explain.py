@@ -52,6 +52,14 @@ def test_a_wrong_token_is_not_explained(target, outcomes, index):
     assert flip.difference_here < 1e-4
 
 
+def test_a_text_of_one_token_can_differ_too(target, outcomes):
+    prompt, plain, _ = outcomes
+    one = Decoded(tokens=plain.tokens[:1], committed=[], accepted=[], stopped=False)
+    flip = explain_flip(target, prompt, one, changed(one, 0, (one.tokens[0] + 1) % len(tiny.TOKENS)), **SHAPE)
+    assert flip is not None
+    assert (flip.index, flip.difference_max, flip.explained) == (0, 0.0, False)
+
+
 def test_scores_of_both_ways_are_those_of_decoding(target, outcomes):
     """Each way's argmax at every index is its token: the walk over blocks is the one that was walked."""
     prompt, plain, speculative = outcomes

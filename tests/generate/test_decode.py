@@ -1,12 +1,15 @@
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from dflash_jax.core import InputError
-from dflash_jax.drafter import save_drafter
-from dflash_jax.generate import DecodeConfig, decode_prompts
+from dflash_jax.decode import Decoder, engine
+from dflash_jax.drafter import load_drafter, save_drafter
+from dflash_jax.generate import DecodeConfig, decode_prompts, stream_text
+from dflash_jax.targets import load_target
 from dflash_jax.text import load_tokenizer
 from support import tiny
 
@@ -108,3 +111,91 @@ def test_paths_that_are_not_there(target, drafter, prompts, tmp_path):
         decode_prompts(config(target, tmp_path / "gone", prompts))
     with pytest.raises(InputError, match="gone is neither a file nor a built-in prompt set"):
         decode_prompts(config(target, drafter, "gone"))
+
+
+def test_sampling_reaches_the_tokens_and_both_ways_agree(compared, target, drafter, tmp_path):
+    _, greedy, _ = compared
+    prompts = str(tiny.write_prompts(tmp_path / "prompts.jsonl", tiny.TEXTS[:3]))
+    sampled = {"temperature": 0.9, "top_k": 20, "top_p": 0.9, "sample_seed": 4}
+    result = decode_prompts(config(target, drafter, prompts, compare=True, out=tmp_path / "rows.jsonl", **sampled))
+    assert (result["tokens_equal"], result["differences"]) == (True, [])
+    assert result["sampling"] == {"temperature": 0.9, "top_k": 20, "top_p": 0.9, "seed": 4}
+    rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_bytes().split(b"\n")[:-1]]
+    assert all(row["response_ids"] != other["response_ids"] for row, other in zip(rows, greedy, strict=False))
+    # a prompt's samples hang on its id and the seed: alone it says the same
+    alone = str(tiny.write_prompts(tmp_path / "alone.jsonl", tiny.TEXTS[:1]))
+    assert decode_prompts(config(target, drafter, alone, **sampled))["text"] == rows[0]["text"]
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_pieces_of_texts_say_who_found_them(compared, target, drafter, tmp_path, stream):
+    _, rows, _ = compared
+    prompts = str(tiny.write_prompts(tmp_path / "prompts.jsonl", tiny.TEXTS[:3]))
+    seen = []
+    settings = {"stream": stream, "show_blocks": True, "batch_size": 1 if stream else 3}
+    result = decode_prompts(config(target, drafter, prompts, out=tmp_path / "rows.jsonl", **settings), show=seen.append)
+    again = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_bytes().split(b"\n")[:-1]]
+    assert again == [row | {"tokens_equal": None} for row in rows[:3]]
+    for row in again:
+        pieces = [piece for piece in seen if piece.id == row["id"]]
+        assert "".join(piece.text for piece in pieces) == "".join(row["pieces"])
+        assert [piece.ends_text for piece in pieces].index(True) == len(pieces) - 1
+        assert sum(piece.ends_block for piece in pieces) == 1 + len(row["accepted"])
+        sizes, size = [], 0
+        for piece in pieces[1:]:
+            size += piece.tokens
+            if piece.ends_block:
+                sizes, size = [*sizes, size], 0
+        assert sizes == row["accepted"]
+        assert 0 < sum(piece.tokens for piece in pieces if piece.drafted) < len(row["response_ids"])
+    assert result["tokens_per_s"] > 0
+
+
+def test_text_streams_from_python(compared, target, drafter):
+    _, rows, _ = compared
+    tokenizer = load_tokenizer(target)
+    decoder = Decoder(
+        load_target(target), stop_ids=tokenizer.stop_ids, max_new_tokens=MAX_NEW, batch_size=1, prompt_bucket=64
+    )
+    pieces = list(stream_text(decoder, tokenizer, tokenizer.encode(tiny.TEXTS[1]), drafter=load_drafter(drafter)))
+    assert len(pieces) > 5
+    assert "".join(pieces) == rows[1]["text"]
+
+
+def test_bfloat16_runs_and_is_said(target, drafter, tmp_path):
+    prompts = str(tiny.write_prompts(tmp_path / "prompts.jsonl", tiny.TEXTS[:2]))
+    result = decode_prompts(config(target, drafter, prompts, compare=True, dtype="bfloat16", max_new_tokens=9))
+    assert result["dtype"] == "bfloat16"
+    assert result["tokens_equal"] is (result["differences"] == [])
+
+
+def test_a_token_that_is_not_plain_decoding_s_is_listed_with_its_margin(target, drafter, tmp_path, monkeypatch):
+    """A drafter that is always believed: what is lost is found, and rounding does not explain it."""
+    prompts = str(tiny.write_prompts(tmp_path / "prompts.jsonl", tiny.TEXTS[:2]))
+    monkeypatch.setattr("dflash_jax.decode.loop.accept_len", lambda *_, num_drafted: num_drafted)
+    programs: list[Any] = [engine._speculative]
+    programs[0].clear_cache()
+    result = decode_prompts(config(target, drafter, prompts, compare=True))
+    programs[0].clear_cache()
+    assert result["tokens_equal"] is False
+    for flip in result["differences"]:
+        assert flip["plain_token"] != flip["speculative_token"]
+        assert flip["plain_margin"] > 10 * flip["difference_max"]
+        assert (flip["explained"], flip["reproduced"]) == (False, False)
+        assert isinstance(flip["plain_text"], str)
+    json.dumps(result, allow_nan=False)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"top_k": 3}, "--top-k without --temperature: decoding is greedy at 0, give a positive temperature"),
+        ({"top_k": 3, "top_p": 0.5}, "--top-k and --top-p without --temperature"),
+        ({"temperature": -1.0}, "--temperature is -1.0: a positive number is needed"),
+        ({"temperature": 1.0, "top_p": 2.0}, "--top-p is 2.0: a share above 0"),
+        ({"stream": True, "batch_size": 3}, "--stream shows one text at a time: leave out --batch-size 3"),
+    ],
+)
+def test_flags_that_do_not_go_together(target, drafter, prompts, changes, message):
+    with pytest.raises(InputError, match=message):
+        config(target, drafter, prompts, **changes)

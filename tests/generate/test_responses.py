@@ -130,6 +130,28 @@ def test_a_partial_file_of_other_settings_is_refused(whole, target, tmp_path):
         generate_responses(settings)
 
 
+def test_sampled_responses_are_recorded_and_hang_on_seed_and_id_alone(whole, target, tmp_path):
+    prompts, greedy, _ = whole
+    sampled = {"temperature": 0.8, "top_p": 0.95, "sample_seed": 6}
+    settings = config(target, prompts, tmp_path / "out.jsonl", **sampled)
+    killed_run(settings, after=3)
+    with pytest.raises(InputError, match="begun with other settings .sampling was "):
+        generate_responses(config(target, prompts, settings.out))
+    result = generate_responses(settings)
+    rows = rows_of(settings.out)
+    assert (
+        sum(row["response_ids"] == other["response_ids"] for row, other in zip(rows, rows_of(greedy), strict=True)) < 3
+    )
+    record = json.loads((tmp_path / "out.jsonl.record.json").read_text())
+    wanted = {"temperature": 0.8, "top_k": None, "top_p": 0.95, "seed": 6}
+    assert record["sampling"] == result["sampling"] == wanted
+    assert record["config"]["temperature"] == 0.8
+    # in other batches
+    generate_responses(config(target, prompts, tmp_path / "few.jsonl", limit=4, **sampled))
+    full = {row["id"]: row for row in rows}
+    assert all(row == full[row["id"]] for row in rows_of(tmp_path / "few.jsonl"))
+
+
 def test_a_limit_takes_a_seeded_sample(whole, target, tmp_path):
     prompts, wanted, _ = whole
     full = {row["id"]: row for row in rows_of(wanted)}

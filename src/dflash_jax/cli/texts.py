@@ -1,11 +1,13 @@
 """Decoded text on the terminal while it comes, accepted runs marked."""
 
 import sys
-from typing import Protocol, TextIO
+from typing import Any
 
 from rich.color import ColorSystem
 from rich.console import Console
 from rich.style import Style
+
+from dflash_jax.generate import TextPiece
 
 ACCEPTED = Style(color="green", underline=True)
 HEADING = Style(dim=True)
@@ -16,40 +18,6 @@ _SHOWN = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"} 
 }
 
 
-class Piece(Protocol):
-    """What is read of a `generate.TextPiece`."""
-
-    @property
-    def id(self) -> str:
-        """The prompt's."""
-        ...
-
-    @property
-    def text(self) -> str:
-        """Whole characters."""
-        ...
-
-    @property
-    def tokens(self) -> int:
-        """How many tokens they came of."""
-        ...
-
-    @property
-    def drafted(self) -> bool:
-        """Whether the drafter guessed them."""
-        ...
-
-    @property
-    def ends_block(self) -> bool:
-        """Whether a block ends here."""
-        ...
-
-    @property
-    def ends_text(self) -> bool:
-        """Whether the text ends here."""
-        ...
-
-
 class TextPrinter:
     """Prints pieces of texts as they come, each text under its prompt's id.
 
@@ -57,15 +25,16 @@ class TextPrinter:
     colours stands in brackets; the rest is the target's own, one token a block. A line below counts them.
     """
 
-    def __init__(self, file: TextIO, *, blocks: bool) -> None:
-        """Print to `file`, with colours where it is a terminal that has them and NO_COLOR is not set."""
+    def __init__(self, file: Any, *, blocks: bool) -> None:
+        """Print to the text file `file`, with colours where it is a terminal that has them and NO_COLOR is not set."""
         self._file = file
         self._blocks = blocks
-        self._colours = Console(file=file).color_system is not None
+        console = Console(file=file)
+        self._colours = console.color_system is not None and not console.no_color
         self._id: str | None = None
         self._drafted = self._own = self._num_blocks = 0
 
-    def __call__(self, piece: Piece) -> None:
+    def __call__(self, piece: TextPiece) -> None:
         """Print one piece."""
         if piece.id != self._id:
             self._id, self._drafted, self._own, self._num_blocks = piece.id, 0, 0, -1  # the prompt's pass is no block

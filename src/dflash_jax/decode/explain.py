@@ -173,7 +173,7 @@ def explain_flip(
 
     def hidden_of(anchors: list[int], size: int) -> np.ndarray:
         """Hidden state before each new token, as a walk over blocks gives it; NaN where no block does."""
-        padded = anchors + [0] * (-len(anchors) % BLOCKS_BUCKET)
+        padded = anchors + [0] * (BLOCKS_BUCKET - len(anchors) % BLOCKS_BUCKET)  # at least one: a text may be one token
         filled = np.concatenate([text, np.zeros(size, np.int32)])
         blocks = np.stack([filled[anchor : anchor + size] for anchor in padded])
         capacity = decode_capacity(tokens.shape[1], max_new_tokens, size)
