@@ -114,4 +114,6 @@ def new_drafter(config: DrafterConfig, target: Target, *, init: str, key: PRNGKe
     if init == "random":
         return drafter
     # copies: the train step donates its state, the target must survive it
-    return jax.tree_util.tree_map(jnp.copy, warm_start(drafter, target))
+    with jax.numpy_dtype_promotion("standard"):  # the target may be bfloat16
+        warm = warm_start(drafter, target)
+    return jax.tree_util.tree_map(lambda leaf: jnp.array(leaf, jnp.float32), warm)
