@@ -115,13 +115,20 @@ def stored_shapes(config: TargetConfig) -> dict[str, tuple[int, ...]]:
     return stored
 
 
-def assemble(config: TargetConfig, take: Callable[[str], jax.Array], *, mesh: Mesh | None = None) -> Target:
+def assemble(
+    config: TargetConfig,
+    take: Callable[[str], jax.Array],
+    *,
+    mesh: Mesh | None = None,
+    layers: Iterable[int] | None = None,
+) -> Target:
     """Return the model made of tensors.
 
     Args:
         config: the architecture.
         take: gives the tensor of a name of `tensor_shapes`; called once for each.
         mesh: the devices the tensors are split over; None is one device.
+        layers: those the model gets, in this order; None is all.
     """
     names = tensor_shapes(config).keys()
 

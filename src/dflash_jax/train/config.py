@@ -6,7 +6,7 @@ from typing import Literal, get_args
 
 import jax.numpy as jnp
 
-from dflash_jax.core import InputError, parse_mesh
+from dflash_jax.core import InputError, parse_device, parse_mesh
 from dflash_jax.drafter import Compute
 from dflash_jax.train.loss import Denominator, Loss, Objective
 from dflash_jax.train.offsets import parse_offsets
@@ -101,6 +101,14 @@ class TrainConfig:
     """New weights: "target" copies the target's first and last layers, "random" draws all from N(0, 0.02)."""
     mask_token_id: int | None = None
     """Token whose embedding fills the slots to be drafted; default: an unused special token of the tokenizer."""
+    plan: bool = False
+    """Say what the run will take (memory, FLOPs, traffic, time) and do not start it."""
+    device: str | None = None
+    """With --plan: estimate for this device from its data sheet (h100, h200, v6e-8, v5p-64), not by trying this one."""
+    utilisation: float = 0.4
+    """With --plan and --device: share of the data sheet's FLOP/s that the products are taken to reach."""
+    length: int | None = None
+    """With --plan: tokens of a sequence, where there is no --cache and no --responses yet."""
 
     def __post_init__(self) -> None:
         """Check the numbers."""
@@ -112,6 +120,7 @@ class TrainConfig:
             "checkpoint_every",
             "keep",
             "eval_every",
+            "length",
         ):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -164,11 +173,18 @@ class TrainConfig:
             raise InputError(f"--features is {self.features!r}: choose cached or live")
         is_live = self.features == "live"
         needed, other = ("responses", "cache") if is_live else ("cache", "responses")
-        if getattr(self, needed) is None or getattr(self, other) is not None:
+        is_imagined = self.plan and self.length is not None
+        if (getattr(self, needed) is None and not is_imagined) or getattr(self, other) is not None:
             raise InputError(f"--features {self.features} needs --{needed}, and no --{other}")
-        if not is_live and (self.capture_layers is not None or self.position_offsets != "0"):
+        if not is_live and not is_imagined and (self.capture_layers is not None or self.position_offsets != "0"):
             raise InputError("--capture-layers and --position-offsets are the cache's: give them with --features live")
         parse_offsets(self.position_offsets)
+        if not self.plan and (self.device is not None or self.length is not None):
+            raise InputError("--device and --length only tell --plan what to count: give them with it")
+        if not 0 < self.utilisation <= 1:
+            raise InputError(f"--utilisation is {self.utilisation}: more than 0 and at most 1 is needed")
+        if self.device is not None:
+            parse_device(self.device)
 
     def is_checkpoint(self, step: int) -> bool:
         """Whether the state after `step` steps is kept."""

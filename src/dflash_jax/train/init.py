@@ -7,11 +7,16 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from dflash_jax.drafter import Drafter, DrafterConfig, DrafterLayer, check_not_last_layer, init_drafter
 from dflash_jax.nn import Linear, RMSNorm, SwiGLU
-from dflash_jax.targets import DecoderLayer, Target
+from dflash_jax.targets import DecoderLayer, Target, TargetConfig
 
 
 def drafter_config(
-    target: Target, *, capture_layers: tuple[int, ...], num_layers: int, block_size: int, mask_token_id: int
+    target: Target | TargetConfig,
+    *,
+    capture_layers: tuple[int, ...],
+    num_layers: int,
+    block_size: int,
+    mask_token_id: int,
 ) -> DrafterConfig:
     """Return the config of a drafter shaped like its target's layers, with its biases and its rotary embedding.
 
@@ -21,7 +26,7 @@ def drafter_config(
     Raises:
         InputError: the target's last layer is captured.
     """
-    config = target.config
+    config = target if isinstance(target, TargetConfig) else target.config
     check_not_last_layer(capture_layers, config.num_layers, what="the drafter")
     return DrafterConfig(
         hidden_size=config.hidden_size,
