@@ -22,8 +22,8 @@ from dflash_jax.train.init import drafter_config, new_drafter
 from dflash_jax.train.live import make_live_step, open_live
 from dflash_jax.train.loop import Loop, Step
 from dflash_jax.train.offsets import parse_offsets
-from dflash_jax.train.sharding import check_batch
-from dflash_jax.train.step import frozen_ends, make_step, new_state
+from dflash_jax.train.sharding import WHOLE, check_batch, put
+from dflash_jax.train.step import frozen_ends, make_step, new_state, put_state
 from dflash_jax.train.watch import LossWatch
 
 DEFAULT_BLOCK_SIZE = 8
@@ -196,7 +196,7 @@ def _make_step(
     config: TrainConfig, source: Source, target: targets.Target, mesh: Mesh | None
 ) -> tuple[Step, Callable[[int], Any], targets.Target]:
     """One step, the batch of every step, and what stays of the target: its layers only where features are live."""
-    step_function = make_step(config)
+    step_function = make_step(config, mesh=mesh)
     batches = source.batches(
         sequences_per_step=config.sequences_per_step,
         max_positions=target.config.max_positions,
@@ -245,7 +245,7 @@ def train(config: TrainConfig, *, progress: Move = no_progress) -> dict[str, Any
     held_out = _held_out(config, source, seen)
     target = targets.load_target(config.target, dtype=jnp.dtype(config.dtype), mesh=mesh)
     drafter = _first_drafter(config, source, target)
-    state, done = new_state(drafter, config), 0
+    state, done = put_state(new_state(put(drafter, WHOLE, mesh), config), mesh), 0
     if config.resume:
         state, done = folder.restore(state)
     else:
