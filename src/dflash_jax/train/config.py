@@ -10,6 +10,7 @@ from dflash_jax.core import InputError, parse_device, parse_mesh
 from dflash_jax.drafter import Compute
 from dflash_jax.train.loss import Denominator, Loss, Objective
 from dflash_jax.train.offsets import parse_offsets
+from dflash_jax.train.track import TrackerName
 
 Init = Literal["target", "random"]
 Dtype = Literal["float32", "bfloat16"]
@@ -101,6 +102,10 @@ class TrainConfig:
     """New weights: "target" copies the target's first and last layers, "random" draws all from N(0, 0.02)."""
     mask_token_id: int | None = None
     """Token whose embedding fills the slots to be drafted; default: an unused special token of the tokenizer."""
+    tensorboard: bool = False
+    """Write the curve as TensorBoard event files too, into RUN/tensorboard."""
+    track: TrackerName = "none"
+    """Send the curve to wandb or trackio too, where that package is installed."""
     plan: bool = False
     """Say what the run will take (memory, FLOPs, traffic, time) and do not start it."""
     device: str | None = None
@@ -146,7 +151,13 @@ class TrainConfig:
             raise InputError(
                 f"--block-size is {self.block_size}: at least 2 are needed (the anchor and one drafted token)"
             )
-        for name, kind in (("init", Init), ("dtype", Dtype), ("optimizer", Optimizer), ("schedule", Schedule)):
+        for name, kind in (
+            ("init", Init),
+            ("dtype", Dtype),
+            ("optimizer", Optimizer),
+            ("schedule", Schedule),
+            ("track", TrackerName),
+        ):
             choices = get_args(kind)
             if (value := getattr(self, name)) not in choices:
                 raise InputError(f"--{name} is {value!r}: choose {', '.join(choices[:-1])} or {choices[-1]}")

@@ -18,6 +18,7 @@ from dflash_jax.train.data import Prefetch
 from dflash_jax.train.evaluate import HeldOut
 from dflash_jax.train.optimizer import learning_rate_schedule
 from dflash_jax.train.step import StepResult, TrainState
+from dflash_jax.train.track import Tracker, flat_row
 from dflash_jax.train.watch import LossWatch
 
 FLUSH_EVERY = 10  # steps between looks at the device's results: the host waits for nothing in between
@@ -72,6 +73,7 @@ class Loop:
         head: the target's head, likewise.
         held_out: prompts to measure on; None for none.
         watch: looks at every loss.
+        trackers: told every row of the curve.
         input_s: seconds waited for batches so far.
         seconds: of all steps so far, checkpoints and evaluations included.
     """
@@ -86,6 +88,7 @@ class Loop:
     head: Float[Array, "vocab hidden"]
     held_out: HeldOut | None
     watch: LossWatch
+    trackers: list[Tracker]
     input_s: float = 0.0
     seconds: float = 0.0
     _pending: list[_Done] = field(default_factory=list)
@@ -129,6 +132,9 @@ class Loop:
             self._tau = rows[-1]["eval"]["tau_micro"]
             self._last = time.perf_counter()
         self.folder.append_metrics(rows)
+        for tracker in self.trackers:
+            for row in rows:
+                tracker.log(flat_row(row), row["step"])
         self.progress(step, self.config.steps, progress_note(rows[-1], seconds_left=(self.config.steps - step) / rate))
 
     def _rows(

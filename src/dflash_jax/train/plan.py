@@ -2,7 +2,7 @@
 
 import os
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -131,13 +131,17 @@ def memory_bytes(shapes: Shapes) -> dict[str, int]:
     """
     config, groups = shapes.config, shapes.groups
     tied, parts = shapes.target.tie_embeddings, shapes.head_parts
-    own = step_bytes(
-        shapes.drafter,
-        config,
-        width=shapes.width,
-        sequences=-(-config.sequences_per_step // groups),
-        features_itemsize=shapes.features_itemsize,
-        tied=tied,
+    # what scales with blocks is shared out within a group, what meets the head is not: a part of it meets all rows
+    own, blocks = (
+        step_bytes(
+            shapes.drafter,
+            replace(config, anchors_per_sequence=anchors),
+            width=shapes.width,
+            sequences=config.sequences_per_step // groups,
+            features_itemsize=shapes.features_itemsize,
+            tied=tied,
+        )
+        for anchors in (shapes.anchors, shapes.anchors // shapes.block_parts)
     )
     whole = targets.describe_target(config.target, mesh=shapes.mesh)["memory"][config.dtype]["weight_bytes_per_device"]
     is_live = config.features == "live"
@@ -148,9 +152,9 @@ def memory_bytes(shapes: Shapes) -> dict[str, int]:
         "target": whole if is_live else 0,
         "batch": own.batch,
         "gradient": own.gradient,
-        "activations": own.activations // shapes.block_parts,
-        "head_scratch": own.head_scratch // (parts if parts > 1 else 1),
-        "attention_scratch": own.attention_scratch // shapes.block_parts,
+        "activations": blocks.activations,
+        "head_scratch": own.head_scratch,
+        "attention_scratch": blocks.attention_scratch,
     }
     held = sum(found[name] for name in ("weights", "moments", "embedding_and_head", "target", "batch"))
     worst = max(found["activations"] + max(found["head_scratch"], found["attention_scratch"]), found["gradient"])

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,14 +23,25 @@ from dflash_jax.train.init import drafter_config, new_drafter
 from dflash_jax.train.live import make_live_step, open_live
 from dflash_jax.train.loop import Loop, Step
 from dflash_jax.train.offsets import parse_offsets
+from dflash_jax.train.plan import DEFAULT_BLOCK_SIZE, DEFAULT_NUM_LAYERS, plan_run
 from dflash_jax.train.sharding import WHOLE, check_batch, put
 from dflash_jax.train.step import frozen_ends, make_step, new_state, put_state
+from dflash_jax.train.track import Tracker, check_trackers, open_trackers
 from dflash_jax.train.watch import LossWatch
 
-DEFAULT_BLOCK_SIZE = 8
-DEFAULT_NUM_LAYERS = 4
 # where things lie, on what they run and what is kept may change; what is trained, and on what, may not
-_FREE_ON_RESUME = ("resume", "out", "target", "cache", "responses", "eval_cache", "mesh", "keep")
+_FREE_ON_RESUME = (
+    "resume",
+    "out",
+    "target",
+    "cache",
+    "responses",
+    "eval_cache",
+    "mesh",
+    "keep",
+    "tensorboard",
+    "track",
+)
 _SOURCE_IDENTITIES = ("cache_fingerprint", "cache_sha256", "responses_sha256")
 
 
@@ -136,7 +148,8 @@ def _begin(config: TrainConfig, folder: RunFolder) -> tuple[TrainConfig, dict[st
         InputError: nothing to resume, or a folder that is not new.
     """
     if not config.resume:
-        folder.check_new()
+        if folder.is_writer:  # who may have made it already when the others look
+            folder.check_new()
         return config, None
     begun = folder.read_config()
     parent = begun["config"].get("init_from")
@@ -192,6 +205,14 @@ def _held_out(config: TrainConfig, source: Source, seen: list[str]) -> HeldOut |
     )
 
 
+def _trackers(config: TrainConfig, folder: RunFolder, record: dict[str, Any], *, first: int) -> list[Tracker]:
+    """What is told every row; in the process that writes the curve."""
+    if not folder.is_writer:
+        return []
+    settings = {"tensorboard": config.tensorboard, "track": config.track}
+    return open_trackers(config.out, **settings, config=record["config"], first=first)
+
+
 def _make_step(
     config: TrainConfig, source: Source, target: targets.Target, mesh: Mesh | None
 ) -> tuple[Step, Callable[[int], Any], targets.Target]:
@@ -214,7 +235,7 @@ def train(config: TrainConfig, *, progress: Move = no_progress) -> dict[str, Any
     """Train a drafter; write `run-<step>` folders, the curve and the resumable state.
 
     With `resume`, the run goes on from its newest state to the same weights, bit for bit, that it would have had
-    uninterrupted (same devices, same settings).
+    uninterrupted (same devices, same settings). With `plan`, nothing is trained or written: see `plan_run`.
 
     Returns:
         `run`, `drafter` (the last one's folder), `steps`, `steps_this_run`, `loss`, `accuracy`, `accuracy_by_slot`,
@@ -226,7 +247,10 @@ def train(config: TrainConfig, *, progress: Move = no_progress) -> dict[str, Any
         InputError: bad target or cache; a cache of another target, or without what the loss needs; settings that do not
             fit `init_from` or the run to resume; an existing `out`; a loss that is not finite.
     """
+    if config.plan:
+        return plan_run(config)
     started = time.perf_counter()
+    check_trackers(tensorboard=config.tensorboard, track=config.track)
     config = replace(config, init_from=_resolved(config.init_from))
     folder = RunFolder(config.out)
     config, begun = _begin(config, folder)
@@ -252,7 +276,7 @@ def train(config: TrainConfig, *, progress: Move = no_progress) -> dict[str, Any
         folder.create(record)
     if config.keep_initial and done == 0 and folder.is_writer:
         untrained = record | {"trained_prompt_hashes": sorted(inherited), "step": 0}
-        folder.save_drafter(drafter, step=0, record=untrained)
+        folder.save_drafter(state.drafter, step=0, record=untrained)
     step, batches, target = _make_step(config, source, target, mesh)
     loop = Loop(
         config=config,
@@ -265,9 +289,13 @@ def train(config: TrainConfig, *, progress: Move = no_progress) -> dict[str, Any
         head=target.head,
         held_out=held_out,
         watch=LossWatch(config.spike_factor, curve=folder.metrics_path),
+        trackers=_trackers(config, folder, record, first=done + 1),
     )
     del drafter, target
-    with open_writer(folder, keep=config.keep) as writer:
+    with ExitStack() as closing:
+        for tracker in loop.trackers:
+            closing.callback(tracker.close)
+        writer = closing.enter_context(open_writer(folder, keep=config.keep))
         state = loop.run(state, done, writer)
         best = writer.best
     last = (folder.metrics() or [{}])[-1]
