@@ -23,12 +23,14 @@ class HeldOut:
 
     Attributes:
         cache: sequences with every label.
-        seen: hashes of prompts that are left out.
+        rows: `sequence_index` of those whose prompts were not trained on.
+        num_seen: prompts that were, and are left out.
         max_positions: the target's context.
     """
 
     cache: Cache
-    seen: frozenset[int]
+    rows: frozenset[int]
+    num_seen: int
     max_positions: int
 
     def measure(
@@ -52,7 +54,7 @@ class HeldOut:
             anchors_per_chunk=ANCHORS_PER_CHUNK,
             position_offsets=None,
             progress=no_progress,
-            leave_out=self.seen,
+            rows=self.rows,
         )
         by_prompt: dict[int, list[int]] = {}
         for result in results:
@@ -67,7 +69,7 @@ class HeldOut:
             "accept_len_mean": float(accepted.mean()) if accepted.size else 0.0,
             "token_acc_mean": float(correct.sum() / max(int(labelled.sum()), 1)),
             "num_prompts": len(blocks),
-            "num_seen": len({value for value in self.cache.prompt_hashes().tolist() if value in self.seen}),
+            "num_seen": self.num_seen,
             "seconds": time.perf_counter() - started,
         }
 
@@ -95,6 +97,12 @@ def open_held_out(
     cache = open_cache(path)
     check_fingerprint(cache.manifest, fingerprint, what=where)
     stored = [cache.sequence(index) for index in range(cache.num_sequences)]
-    if not any(one.prompt_hash not in seen and one.last_anchor >= one.prompt_len for one in stored):
+    unseen = [one for one in stored if one.prompt_hash not in seen and one.last_anchor >= one.prompt_len]
+    if not unseen:
         raise InputError(f"--eval-cache {path} has no prompt that the drafter was not trained on: choose another cache")
-    return HeldOut(cache=cache, seen=seen, max_positions=max_positions)
+    return HeldOut(
+        cache=cache,
+        rows=frozenset(one.sequence_index for one in unseen),
+        num_seen=len({one.prompt_hash for one in stored} & seen),
+        max_positions=max_positions,
+    )
