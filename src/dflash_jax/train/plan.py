@@ -21,6 +21,7 @@ from dflash_jax.train.sharding import check_batch
 
 DEFAULT_BLOCK_SIZE, DEFAULT_NUM_LAYERS = 8, 4
 _WIDE = 4  # bytes of float32
+_MOST_SCORES = 1 << 26  # of a sequence's blocks at once on an accelerator, see nn.blocks
 _TRY_SIZE = 1536  # of the square product that this machine is tried with
 _TRY_BYTES = 1 << 27
 
@@ -154,11 +155,18 @@ def memory_bytes(shapes: Shapes) -> dict[str, int]:
         "gradient": own.gradient,
         "activations": blocks.activations,
         "head_scratch": own.head_scratch,
-        "attention_scratch": blocks.attention_scratch,
+        "attention_scratch": _attention_scratch(shapes) if config.device else blocks.attention_scratch,
     }
     held = sum(found[name] for name in ("weights", "moments", "embedding_and_head", "target", "batch"))
     worst = max(found["activations"] + max(found["head_scratch"], found["attention_scratch"]), found["gradient"])
     return found | {"step": held + worst, "start": found["weights"] + found["moments"] + whole}
+
+
+def _attention_scratch(shapes: Shapes) -> int:
+    """Scores of a chunk of blocks and their slopes on an accelerator, which this process need not run on."""
+    of_a_sequence = shapes.anchors // shapes.block_parts * shapes.drafter.block_size
+    scores = min(of_a_sequence * shapes.drafter.num_heads * shapes.width, _MOST_SCORES)
+    return 4 * _WIDE * shapes.config.sequences_per_step // shapes.groups * scores
 
 
 def memory_traffic(shapes: Shapes, memory: dict[str, int]) -> dict[str, float]:
