@@ -4,7 +4,7 @@ Names and axis orders are the checkpoint's own (Hugging Face's), so that loading
 checkpoints hold the experts' matrices as blocks and scales instead; `stored_shapes` says so, `tensor_shapes` does not.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import jax
 from jax.sharding import Mesh
@@ -174,7 +174,7 @@ def assemble(
 
     return Target(
         embed_tokens=take("model.embed_tokens.weight"),
-        layers=tuple(layer(i) for i in range(config.num_layers)),
+        layers=tuple(layer(i) for i in (range(config.num_layers) if layers is None else layers)),
         norm=norm("model.norm"),
         lm_head=None if config.tie_embeddings else take("lm_head.weight"),
         config=config,

@@ -90,6 +90,15 @@ def _warm_layer(layer: DrafterLayer, source: DecoderLayer, *, head_dim: int) -> 
     )
 
 
+def warm_layers(num_layers: int, *, num_target_layers: int) -> tuple[int, ...]:
+    """Return the target's layers that `warm_start` copies: the first half, rounded down, from its front.
+
+    Worked: 3 layers from a target of 30: (0, 28, 29).
+    """
+    first = num_layers // 2
+    return (*range(first), *range(num_target_layers - (num_layers - first), num_target_layers))
+
+
 def warm_start(drafter: Drafter, target: Target) -> Drafter:
     """Return the drafter with layers copied from the target's two ends, reading the deepest captured layer.
 
@@ -106,6 +115,7 @@ def warm_start(drafter: Drafter, target: Target) -> Drafter:
     config = drafter.config
     hidden = config.hidden_size
     first = config.num_layers // 2
+    # of a target of which `warm_layers` alone were loaded, these are all
     chosen = target.layers[:first] + target.layers[len(target.layers) - (config.num_layers - first) :]
     layers = tuple(_warm_layer(*pair, head_dim=config.head_dim) for pair in zip(drafter.layers, chosen, strict=True))
     deepest = max(range(len(config.capture_layers)), key=lambda i: config.capture_layers[i])

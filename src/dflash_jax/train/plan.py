@@ -127,8 +127,8 @@ def flops_per_device(shapes: Shapes, flops: dict[str, float]) -> float:
 def memory_bytes(shapes: Shapes) -> dict[str, int]:
     """Return what a device holds in a step, by part, and what it holds while the run starts.
 
-    `start`: the whole target in the step's dtype, from which new weights are copied, beside the state; with live
-    features the target stays and is `target` of the step too.
+    `start`: beside the state, the layers of the target that new weights are copied from, in the step's dtype; with live
+    features the whole target, which stays and is `target` of the step too.
     """
     config, groups = shapes.config, shapes.groups
     tied, parts = shapes.target.tie_embeddings, shapes.head_parts
@@ -159,7 +159,11 @@ def memory_bytes(shapes: Shapes) -> dict[str, int]:
     }
     held = sum(found[name] for name in ("weights", "moments", "embedding_and_head", "target", "batch"))
     worst = max(found["activations"] + max(found["head_scratch"], found["attention_scratch"]), found["gradient"])
-    return found | {"step": held + worst, "start": found["weights"] + found["moments"] + whole}
+    ends = own.embedding_and_head // parts
+    copied = shapes.drafter.num_layers if config.init == "target" and config.init_from is None else 0
+    loaded = whole if is_live else ends + (whole - ends) * copied // shapes.target.num_layers
+    # the new weights and the state's own, for a moment
+    return found | {"step": held + worst, "start": 2 * found["weights"] + found["moments"] + loaded}
 
 
 def _attention_scratch(shapes: Shapes) -> int:

@@ -19,7 +19,7 @@ from dflash_jax.train.checkpoint import BEST, RunFolder, open_writer
 from dflash_jax.train.config import TrainConfig
 from dflash_jax.train.data import CachedSource, Source
 from dflash_jax.train.evaluate import HeldOut, open_held_out
-from dflash_jax.train.init import drafter_config, new_drafter
+from dflash_jax.train.init import drafter_config, new_drafter, warm_layers
 from dflash_jax.train.live import make_live_step, open_live
 from dflash_jax.train.loop import Loop, Step
 from dflash_jax.train.offsets import parse_offsets
@@ -191,6 +191,24 @@ def _open_mesh(config: TrainConfig) -> Mesh | None:
     return targets.open_mesh(targets.read_target_config(config.target), config.mesh)
 
 
+def _load_target(config: TrainConfig, mesh: Mesh | None) -> targets.Target:
+    """The target in the step's dtype, with the layers that are needed: all for live features, else those copied from.
+
+    Raises:
+        InputError: see `targets.load_target`; a drafter deeper than the target.
+    """
+    depth, wanted = targets.read_target_config(config.target).num_layers, config.num_layers or 0
+    layers = None
+    if config.features == "cached":
+        copies = config.init == "target" and config.init_from is None
+        if copies and wanted > depth:
+            raise InputError(
+                f"--num-layers is {wanted}, the target has {depth} to copy from: give at most that, or --init random"
+            )
+        layers = warm_layers(wanted, num_target_layers=depth) if copies else ()
+    return targets.load_target(config.target, dtype=jnp.dtype(config.dtype), mesh=mesh, layers=layers)
+
+
 def _held_out(config: TrainConfig, source: Source, seen: list[str]) -> HeldOut | None:
     """The prompts of --eval-cache; None without."""
     if config.eval_cache is None:
@@ -267,7 +285,7 @@ def train(config: TrainConfig, *, progress: Move = no_progress) -> dict[str, Any
     # every shard is verified here, before anything is written
     seen = sorted(inherited | {f"{value:016x}" for value in source.prompt_hashes()})
     held_out = _held_out(config, source, seen)
-    target = targets.load_target(config.target, dtype=jnp.dtype(config.dtype), mesh=mesh)
+    target = _load_target(config, mesh)
     drafter = _first_drafter(config, source, target)
     state, done = put_state(new_state(put(drafter, WHOLE, mesh), config), mesh), 0
     if config.resume:
