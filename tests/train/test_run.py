@@ -212,6 +212,12 @@ def test_mask_token_outside_the_vocabulary(tmp_path, target_folder, cache):
     assert not (tmp_path / "out").exists()
 
 
+def test_more_layers_than_there_are_to_copy_from(tmp_path, target_folder, cache):
+    with pytest.raises(InputError, match=r"^--num-layers is 6, the target has 5 to copy from: give at most that, or"):
+        train(tiny_chain.train_config(target_folder, cache, tmp_path / "out", num_layers=6))
+    assert not (tmp_path / "out").exists()
+
+
 def test_damaged_cache_leaves_nothing_behind(tmp_path, target_folder, cache):
     damaged = shutil.copytree(cache, tmp_path / "cache")
     with (damaged / "shard-00000.safetensors").open("r+b") as file:
