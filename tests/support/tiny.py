@@ -79,10 +79,13 @@ def _save_tokenizer(folder: Path) -> None:
     )
 
 
-def write_tiny_target(folder: Path, *, seed: int = 0) -> Path:
-    """Make a target folder; weights are large enough that greedy text varies, and differ by seed."""
+def write_tiny_target(folder: Path, *, seed: int = 0, **changes: object) -> Path:
+    """Make a target folder; weights are large enough that greedy text varies, and differ by seed.
+
+    `changes` replace fields of its config.
+    """
     folder.mkdir(parents=True)
-    write_json(folder / "config.json", CONFIG)
+    write_json(folder / "config.json", CONFIG | changes)
     write_json(folder / "generation_config.json", {"eos_token_id": [STOP_ID], "pad_token_id": 0})
     _save_tokenizer(folder)
     draw = np.random.default_rng(seed)

@@ -1,6 +1,7 @@
 """Prompts to caches and runs on the tiny target, by the package's own commands.
 
-Run as a program it trains and kills itself again and again: `python tiny_chain.py TARGET CACHE FOLDER KILLS SEED`.
+Run as a program it trains and kills itself again and again:
+`python tiny_chain.py TARGET CACHE HELD_OUT FOLDER KILLS SEED`.
 """
 
 import json
@@ -70,38 +71,42 @@ def train_config(target, cache, out, **changes):
 
 
 def main():
-    target, cache, folder = map(Path, sys.argv[1:4])
-    kills, draw = int(sys.argv[4]), random.Random(int(sys.argv[5]))
+    target, cache, held_out, folder = map(Path, sys.argv[1:5])
+    kills, draw = int(sys.argv[5]), random.Random(int(sys.argv[6]))
+    settings = {"num_layers": 1, "steps": 40, "checkpoint_every": 2, "keep": 3, "eval_every": 6}
 
     def fork(out, *, resume):
         # fork before jax has threads: the import, which takes seconds, is paid once
         child = os.fork()
         if child == 0:
             with quick_compiles():
-                train(train_config(target, cache, out, num_layers=1, checkpoint_every=2, steps=40, resume=resume))
+                train(train_config(target, cache, out, eval_cache=held_out, resume=resume, **settings))
             os._exit(0)
         return child
 
     def finish(out, *, resume):
         assert os.waitpid(fork(out, resume=resume), 0)[1] == 0
 
-    def drafters():
-        return len(list((folder / "killed").glob("run-*")))
+    def steps(name):
+        return sorted(int(path.name.removeprefix("run-")) for path in (folder / "killed").glob(name))
+
+    def newest():
+        return max(steps("run-*"), default=0)
 
     finish(folder / "whole", resume=False)
     seen = []
     for kill in range(kills):
         child = fork(folder / "killed", resume=kill > 0)
         # the first is killed before it has any state, the others in the middle of writing or somewhat later
-        wanted = drafters() + draw.randint(1, 4) if kill else 0
-        while not (folder / "killed" / "config.json").exists() or drafters() < wanted:
+        wanted = newest() + 2 * draw.randint(1, 4) if kill else 0
+        while not (folder / "killed" / "config.json").exists() or newest() < wanted:
             assert os.waitpid(child, os.WNOHANG) == (0, 0), "it ended before it was to be killed"
             time.sleep(0.001)
         time.sleep(draw.uniform(0, 0.1) if kill else 0)
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
-        states = folder / "killed" / "state"
-        seen.append({"drafters": drafters(), "states": sorted(p.name for p in states.iterdir()) if kill else []})
+        states = steps("state/*[0-9]") if kill else []
+        seen.append({"newest": newest(), "drafters": steps("run-*"), "states": states})
     finish(folder / "killed", resume=True)
     sys.stdout.write(json.dumps(seen) + "\n")
 

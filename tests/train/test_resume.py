@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -25,10 +26,14 @@ from support import tiny, tiny_chain
 pytestmark = pytest.mark.slow
 
 
-def curve(out):
+def curve(out) -> list[dict[str, Any]]:
     """Rows of the curve without what is measured by the clock."""
-    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in row.items() if name not in ("seconds", "anchors_per_s")} for row in rows]
+
+    def still(row: dict[str, Any]) -> dict[str, Any]:
+        told = {name: value for name, value in row.items() if name not in ("seconds", "anchors_per_s", "input_s")}
+        return told | ({"eval": still(told["eval"])} if "eval" in told else {})
+
+    return [still(json.loads(line)) for line in (out / "metrics.jsonl").read_text().splitlines()]
 
 
 def same_states(one, other, *, steps, config):
@@ -42,10 +47,23 @@ def same_states(one, other, *, steps, config):
     return all(a.tobytes() == b.tobytes() for a, b in zip(*states, strict=True))
 
 
-def test_killed_runs_equal_the_one_left_alone(tmp_path, target_folder, cache):
+@pytest.fixture(scope="module")
+def held_out(tmp_path_factory, target_folder):
+    """A cache of two prompts that no run here is trained on, and of one that all are."""
+    texts = ("never seen", "nor this one (7)", tiny.TEXTS[1])
+    return tiny_chain.make_cache(tmp_path_factory.mktemp("held-out") / "chain", target_folder, texts)
+
+
+def contents(out):
+    """Names in a run's folder and in its state's, and where its links point."""
+    links = {path.name: str(path.readlink()) for path in out.iterdir() if path.is_symlink()}
+    return links, {str(path.relative_to(out)) for path in (*out.iterdir(), *(out / "state").iterdir())}
+
+
+def test_killed_runs_equal_the_one_left_alone(tmp_path, target_folder, cache, held_out):
     path = os.pathsep.join([str(Path(tiny_chain.__file__).parents[1]), *filter(None, sys.path)])
     done = subprocess.run(
-        [sys.executable, tiny_chain.__file__, target_folder, cache, tmp_path, "4", "3"],
+        [sys.executable, tiny_chain.__file__, target_folder, cache, held_out, tmp_path, "4", "3"],
         capture_output=True,
         text=True,
         env={**os.environ, "PYTHONPATH": path},
@@ -53,13 +71,21 @@ def test_killed_runs_equal_the_one_left_alone(tmp_path, target_folder, cache):
     assert done.returncode == 0, done.stderr
     seen = json.loads(done.stdout.splitlines()[-1])
     # the kills fell at different places, the first before anything could be resumed
-    assert seen[0]["drafters"] == 0 < seen[1]["drafters"] < seen[2]["drafters"] < seen[3]["drafters"] < 20, seen
+    assert seen[0]["newest"] == 0 < seen[1]["newest"] < seen[2]["newest"] < seen[3]["newest"] < 40, seen
+    assert all(set(kill["states"]) <= set(kill["drafters"]) for kill in seen), seen
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    assert curve(killed) == curve(whole)
-    assert [row["step"] for row in curve(whole)] == list(range(1, 41))
-    names = {str(path.relative_to(whole)) for path in (*whole.iterdir(), *(whole / "state").iterdir())}
-    assert {str(path.relative_to(killed)) for path in (*killed.iterdir(), *(killed / "state").iterdir())} == names
-    for step in range(2, 41, 2):
+    rows = curve(whole)
+    assert curve(killed) == rows
+    assert [row["step"] for row in rows] == list(range(1, 41))
+    assert contents(killed) == contents(whole)
+    taus = {row["step"]: row["eval"]["tau_micro"] for row in rows if "eval" in row}
+    assert list(taus) == [*range(6, 37, 6), 40]
+    best = max(taus, key=lambda step: taus[step])
+    # three newest, the best, and those of the two states, which are among them
+    kept = {36, 38, 40, best}
+    assert contents(whole)[0] == {"last": "run-40", "best": f"run-{best}"}
+    assert {name for name in contents(whole)[1] if name.startswith("run-")} == {f"run-{step}" for step in kept}
+    for step in kept:
         weights = [(out / f"run-{step}" / "model.safetensors").read_bytes() for out in (whole, killed)]
         assert weights[0] == weights[1], step
     assert same_states(whole, killed, steps=40, config=tiny_chain.train_config(target_folder, cache, whole, steps=40))

@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -35,7 +36,8 @@ def rows_of(out):
 def test_layout(run):
     out, said, _ = run
     drafters = {"run-0", "run-12", "run-24", "run-25"}
-    assert {path.name for path in out.iterdir()} == {*drafters, "state", "config.json", "metrics.jsonl"}
+    assert {path.name for path in out.iterdir()} == {*drafters, "last", "state", "config.json", "metrics.jsonl"}
+    assert (out / "last").readlink() == Path("run-25")
     assert {path.name for path in (out / "state").iterdir()} == {"24", "25"}
     for name in drafters:
         assert {path.name for path in (out / name).iterdir()} == {"config.json", "model.safetensors", "record.json"}
@@ -94,7 +96,7 @@ def test_curve(run):
     assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
     assert set(rows[0]) == {
         "step", "loss", "accuracy", "accuracy_by_slot", "num_labels", "learning_rate", "grad_norm", "anchors_per_s",
-        "seconds",
+        "seconds", "input_s",
     }  # fmt: skip
     # one step of warm-up
     assert [row["learning_rate"] for row in rows[:2]] == pytest.approx([0.0, 3e-3])
@@ -103,7 +105,11 @@ def test_curve(run):
     for name in ("loss", "accuracy", "accuracy_by_slot", "anchors_per_s"):
         assert said[name] == rows[-1][name]
     assert [move[:2] for move in bar] == [(10, 25), (12, 25), (22, 25), (24, 25), (25, 25)]
-    assert bar[-1][2].startswith(f"loss {rows[-1]['loss']:.3f}  acc")
+    slots = " ".join(f"{share:.2f}".removeprefix("0") for share in rows[-1]["accuracy_by_slot"])
+    assert bar[-1][2].startswith(f"loss {rows[-1]['loss']:.3f}  acc {rows[-1]['accuracy']:.3f} [{slots}]  ")
+    assert bar[-1][2].endswith(" anchors/s  0:00:00 left")
+    assert 0 <= said["input_share"] < 1
+    assert said["best"] is None
 
 
 def test_what_the_command_says(run):
@@ -203,6 +209,12 @@ def test_init_from_that_does_not_fit_names_everything(tmp_path, run, target_fold
 def test_mask_token_outside_the_vocabulary(tmp_path, target_folder, cache):
     with pytest.raises(InputError, match=r"^--mask-token-id is 53: the target's vocabulary is 0 to 52$"):
         train(tiny_chain.train_config(target_folder, cache, tmp_path / "out", mask_token_id=53))
+    assert not (tmp_path / "out").exists()
+
+
+def test_more_layers_than_there_are_to_copy_from(tmp_path, target_folder, cache):
+    with pytest.raises(InputError, match=r"^--num-layers is 6, the target has 5 to copy from: give at most that, or"):
+        train(tiny_chain.train_config(target_folder, cache, tmp_path / "out", num_layers=6))
     assert not (tmp_path / "out").exists()
 
 

@@ -19,7 +19,7 @@ from dflash_jax.cache.manifest import FORMAT_VERSION
 from dflash_jax.cache.responses import Responses
 from dflash_jax.cache.selftest import self_test
 from dflash_jax.cache.shards import bytes_per_token, shard_bytes, tensor_bytes, tensor_layout, write_shard
-from dflash_jax.core import InputError, parse_mesh
+from dflash_jax.core import DEVICES, InputError, parse_mesh
 from dflash_jax.targets import (
     TargetConfig,
     describe_target,
@@ -29,13 +29,6 @@ from dflash_jax.targets import (
     read_target_config,
 )
 
-# Makers' figures for one chip: dense bfloat16 FLOP/s, bytes/s of its memory, bytes of it.
-DEVICES = {
-    "h100": (989e12, 3.35e12, 80e9),
-    "h200": (989e12, 4.8e12, 141e9),
-    "v5p": (459e12, 2.765e12, 95e9),
-    "v6e": (918e12, 1.64e12, 32e9),
-}
 _CALIBRATION_TOKENS = 1024  # most tokens of the timed batch: a second or two on two CPU cores
 _CALIBRATION_BYTES = 1 << 26
 # The baseline report's rollouts: 64 steps of a block of 8 behind a context of 1024, each step a sample of its own.
@@ -286,7 +279,8 @@ def _measured_time(plan: BuildPlan, work: _Work, config: CacheCostConfig, size: 
 def _sheet_time(work: _Work, config: CacheCostConfig) -> dict[str, Any]:
     """A roofline: every forward takes what its FLOPs or its reading of the weights takes, whichever is more."""
     assert config.device is not None
-    flops_per_s, bytes_per_s, memory = DEVICES[config.device]
+    device = DEVICES[config.device]
+    flops_per_s, bytes_per_s, memory = device.flops_per_s, device.bytes_per_s, device.memory_bytes
     if config.dtype == "float32":
         flops_per_s /= 2  # TensorFloat-32's
     mesh = parse_mesh(config.mesh)

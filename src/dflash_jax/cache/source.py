@@ -14,8 +14,8 @@ ENDLESS = sys.maxsize
 
 
 @functools.lru_cache(maxsize=4)  # a batch may reach into the next epoch, and so may that of another process
-def _epoch_order(count: int, seed: int, epoch: int) -> Int64[np.ndarray, " count"]:
-    """A permutation of 0 to count - 1 by seed and epoch: the order of random 64-bit keys.
+def epoch_order(count: int, seed: int, epoch: int) -> Int64[np.ndarray, " count"]:
+    """Return a permutation of 0 to count - 1 by seed and epoch: the order of random 64-bit keys.
 
     The keys are Philox's raw stream, which numpy promises not to change; its `permutation` it may.
     """
@@ -35,7 +35,7 @@ class _Sequences:
     def __getitem__(self, index: int) -> Sequence:
         epoch, place = divmod(int(index), self._cache.num_sequences)
         if self._seed is not None:
-            place = int(_epoch_order(self._cache.num_sequences, self._seed, epoch)[place])
+            place = int(epoch_order(self._cache.num_sequences, self._seed, epoch)[place])
         return self._cache.sequence(place)
 
 

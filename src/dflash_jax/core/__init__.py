@@ -3,6 +3,7 @@
 It promises that a file it wrote is whole or absent, and that bad input raises `InputError` with one line.
 """
 
+from dflash_jax.core.devices import DEVICES, Device, parse_device
 from dflash_jax.core.errors import InputError
 from dflash_jax.core.files import (
     atomic_file,
@@ -30,8 +31,10 @@ from dflash_jax.core.records import RECORD_NAME, make_record, write_record
 from dflash_jax.core.tensors import check_names_and_shapes, load_tensors, read_header, save_tensors
 
 __all__ = [
+    "DEVICES",
     "LOGICAL_AXES",
     "RECORD_NAME",
+    "Device",
     "InputError",
     "MeshShape",
     "Move",
@@ -42,6 +45,7 @@ __all__ = [
     "make_record",
     "mesh_shape",
     "no_progress",
+    "parse_device",
     "parse_mesh",
     "progress_bar",
     "read_header",

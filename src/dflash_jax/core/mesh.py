@@ -23,6 +23,10 @@ LOGICAL_AXES: Mapping[str, tuple[str, ...]] = {
     "sinks": ("model",),
     "mlp": ("model",),
     "gate_up": ("model",),
+    # A drafter's weights are whole everywhere: without this, the devices along model would draft the same blocks.
+    "anchors": ("model",),
+    # What an optimizer remembers of a weight is needed by whoever updates it, and by nobody else.
+    "moments": ("data", "expert", "model"),
 }
 """Mesh axes that split a logical axis. Axes that are not named here (hidden, head_dim, seq, ...) are never split."""
 

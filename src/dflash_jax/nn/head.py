@@ -3,6 +3,9 @@
 Nothing of size rows x vocabulary is made: a chunk of `VOCAB_CHUNK` columns at a time, with running maxima and sums.
 """
 
+from collections.abc import Callable
+from functools import partial
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -145,16 +148,39 @@ def _expected_labels(
     return lax.scan(add, zeros, (ids.T, probabilities.T))[0]
 
 
-def _online_pass(
+class HeadPart(eqx.Module):
+    """What some rows of the head say of every row of hidden states: enough to join the parts of a split vocabulary.
+
+    Attributes:
+        top: the largest logit.
+        token: its index in this part, the lowest where some tie.
+        total: sum of `exp(logit - top)`.
+        expected: sum of `exp(logit - top) * head row`.
+        label_logit: sum over the labels of probability times logit.
+        label_row: sum over the labels of probability times head row.
+    """
+
+    top: Float[Array, " row"]
+    token: Int32[Array, " row"]
+    total: Float[Array, " row"]
+    expected: Float[Array, "row hidden"]
+    label_logit: Float[Array, " row"]
+    label_row: Float[Array, "row hidden"]
+
+
+def fold_head(
     hidden: Float[Array, "row hidden"],
     head: Float[Array, "vocab hidden"],
     ids: Int32[Array, "row label"],
     probabilities: Float[Array, "row label"],
-) -> tuple[LinearCrossEntropy, Float[Array, "row hidden"]]:
-    """Loss, argmax and d loss / d hidden of every row, each chunk's logits computed once.
+) -> HeadPart:
+    """Return what a head, or a part of one, says of every row; each chunk's logits are computed once.
 
-    The gradient is `sum_v softmax_v head_v - sum over labels of probability * head_label`: an expectation that
-    accumulates beside the running softmax sum, as the values do in flash attention.
+    Args:
+        hidden: rows after the drafter's final norm.
+        head: rows of the head.
+        ids: labels, in range of `head`.
+        probabilities: of the labels; 0 for one that is in another part.
     """
     rows = hidden.shape[0]
 
@@ -173,16 +199,35 @@ def _online_pass(
     start = (best, jnp.zeros(rows, jnp.float32), jnp.zeros(hidden.shape, jnp.float32))
     (top, token), total, expected = _fold_chunks(step, start, head)
     label_logit, label_row = _expected_labels(hidden, head, ids, probabilities)
-    result = LinearCrossEntropy(loss=top + jnp.log(total) - label_logit, tokens=token)
-    return result, expected / total[:, None] - label_row
+    return HeadPart(top=top, token=token, total=total, expected=expected, label_logit=label_logit, label_row=label_row)
 
 
-@jax.custom_vjp
+def online_pass(
+    hidden: Float[Array, "row hidden"],
+    head: Float[Array, "vocab hidden"],
+    ids: Int32[Array, "row label"],
+    probabilities: Float[Array, "row label"],
+) -> tuple[LinearCrossEntropy, Float[Array, "row hidden"]]:
+    """Return loss, argmax and d loss / d hidden of every row.
+
+    The gradient is `sum_v softmax_v head_v - sum over labels of probability * head_label`: an expectation that
+    accumulates beside the running softmax sum, as the values do in flash attention.
+    """
+    part = fold_head(hidden, head, ids, probabilities)
+    result = LinearCrossEntropy(loss=part.top + jnp.log(part.total) - part.label_logit, tokens=part.token)
+    return result, part.expected / part.total[:, None] - part.label_row
+
+
+OnlinePass = Callable[[Array, Array, Array, Array], tuple[LinearCrossEntropy, Array]]
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(4,))
 def linear_soft_cross_entropy(
     hidden: Float[Array, "row hidden"],
     head: Float[Array, "vocab hidden"],
     ids: Int32[Array, "row label"],
     probabilities: Float[Array, "row label"],
+    one_pass: OnlinePass = online_pass,
 ) -> LinearCrossEntropy:
     """Return each row's cross-entropy against a distribution over some tokens; differentiable in `hidden` alone.
 
@@ -196,17 +241,19 @@ def linear_soft_cross_entropy(
         head: the target's frozen head.
         ids: tokens with a probability, in range; several labels of a row are different ones.
         probabilities: of those tokens, float32; they sum to 1.
+        one_pass: how the head is met, where it is not whole on every device.
     """
-    return _online_pass(hidden, head, ids, probabilities)[0]
+    return one_pass(hidden, head, ids, probabilities)[0]
 
 
-def _forward(hidden, head, ids, probabilities):  # noqa: ANN001, ANN202
-    result, gradient = _online_pass(hidden, head, ids, probabilities)
+def _forward(hidden, head, ids, probabilities, one_pass):  # noqa: ANN001, ANN202
+    result, gradient = one_pass(hidden, head, ids, probabilities)
     # an empty array carries the dtype of the rows: the gradient stays float32 until the row's weight is in it
     return result, (gradient, jnp.zeros(0, hidden.dtype))
 
 
-def _backward(kept, cotangent: LinearCrossEntropy):  # noqa: ANN001, ANN202
+def _backward(one_pass, kept, cotangent: LinearCrossEntropy):  # noqa: ANN001, ANN202
+    del one_pass
     gradient, like = kept
     return (gradient * cotangent.loss[:, None]).astype(like.dtype), None, None, None
 

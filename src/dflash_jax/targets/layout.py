@@ -4,7 +4,7 @@ Names and axis orders are the checkpoint's own (Hugging Face's), so that loading
 checkpoints hold the experts' matrices as blocks and scales instead; `stored_shapes` says so, `tensor_shapes` does not.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import jax
 from jax.sharding import Mesh
@@ -115,13 +115,20 @@ def stored_shapes(config: TargetConfig) -> dict[str, tuple[int, ...]]:
     return stored
 
 
-def assemble(config: TargetConfig, take: Callable[[str], jax.Array], *, mesh: Mesh | None = None) -> Target:
+def assemble(
+    config: TargetConfig,
+    take: Callable[[str], jax.Array],
+    *,
+    mesh: Mesh | None = None,
+    layers: Iterable[int] | None = None,
+) -> Target:
     """Return the model made of tensors.
 
     Args:
         config: the architecture.
         take: gives the tensor of a name of `tensor_shapes`; called once for each.
         mesh: the devices the tensors are split over; None is one device.
+        layers: those the model gets, in this order; None is all.
     """
     names = tensor_shapes(config).keys()
 
@@ -167,7 +174,7 @@ def assemble(config: TargetConfig, take: Callable[[str], jax.Array], *, mesh: Me
 
     return Target(
         embed_tokens=take("model.embed_tokens.weight"),
-        layers=tuple(layer(i) for i in range(config.num_layers)),
+        layers=tuple(layer(i) for i in (range(config.num_layers) if layers is None else layers)),
         norm=norm("model.norm"),
         lm_head=None if config.tie_embeddings else take("lm_head.weight"),
         config=config,

@@ -96,7 +96,12 @@ def _check_tied_head(folder: Path, config: TargetConfig) -> None:
 
 
 def load_target(
-    folder: Path, *, dtype: jnp.dtype | type = jnp.float32, rope: str = "exact", mesh: Mesh | None = None
+    folder: Path,
+    *,
+    dtype: jnp.dtype | type = jnp.float32,
+    rope: str = "exact",
+    mesh: Mesh | None = None,
+    layers: tuple[int, ...] | None = None,
 ) -> Target:
     """Return the model of a target folder. Every process reads the bytes of its own shards, one tensor at a time.
 
@@ -105,6 +110,8 @@ def load_target(
         dtype: of weights and activations; norms' statistics, softmax and logits are float32 in any case.
         rope: how angles are computed: `exact`, `float32`, `bfloat16` or `table:N` (see `nn.Rope`).
         mesh: devices to split it over (`core.make_mesh`); None is one device.
+        layers: those that are read and the model gets, in this order; None is all. A model without some of them is good
+            for its parts, not for a forward.
 
     Raises:
         InputError: see `read_target_config`; weights missing, truncated, of a dtype that is not a plain float, or not
@@ -121,7 +128,7 @@ def load_target(
         fill = partial(read_slice, parts[0]) if len(parts) == 1 else partial(read_mxfp4, *parts)
         return make_array(shapes[name], jnp.dtype(dtype), weight_sharding(config, axes[name], mesh), fill)
 
-    return assemble(config, take, mesh=mesh)
+    return assemble(config, take, mesh=mesh, layers=layers)
 
 
 def fingerprint(folder: Path) -> dict[str, str]:

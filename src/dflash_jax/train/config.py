@@ -6,9 +6,11 @@ from typing import Literal, get_args
 
 import jax.numpy as jnp
 
-from dflash_jax.core import InputError
+from dflash_jax.core import InputError, parse_device, parse_mesh
 from dflash_jax.drafter import Compute
 from dflash_jax.train.loss import Denominator, Loss, Objective
+from dflash_jax.train.offsets import parse_offsets
+from dflash_jax.train.track import TrackerName
 
 Init = Literal["target", "random"]
 Dtype = Literal["float32", "bfloat16"]
@@ -18,14 +20,23 @@ Schedule = Literal["cosine", "wsd", "linear", "constant"]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainConfig:
-    """Train a DFlash drafter on a feature cache."""
+    """Train a DFlash drafter on a feature cache, or on features that the target computes in every step."""
 
     target: Path
-    """Target folder."""
-    cache: Path
-    """Feature cache to train on."""
+    """Target folder; for --plan with --device, one with a config.json alone will do."""
     out: Path
     """Run folder to write; it must be new unless --resume is given."""
+    features: Literal["cached", "live"] = "cached"
+    """Where features come from: read from --cache, or computed by the target from --responses in every step."""
+    cache: Path | None = None
+    """Feature cache to train on."""
+    responses: Path | None = None
+    """Responses JSONL to train on with --features live."""
+    capture_layers: tuple[int, ...] | None = None
+    """With --features live: see `cache build`."""
+    position_offsets: str = "0"
+    """With --features live: position of a sequence's first token, a list such as 0,4096 (every sequence at each) or
+    random:MAX (drawn anew for every sequence and epoch, 0 to MAX)."""
     steps: int = 2000
     """Optimizer steps in all (the schedule ends there)."""
     block_size: int | None = None
@@ -71,6 +82,14 @@ class TrainConfig:
     work in the drafter's layers."""
     checkpoint_every: int = 500
     """Steps between checkpoints; the last step is always kept."""
+    keep: int | None = None
+    """Newest drafters that stay, besides RUN/best, run-0 and those of the two newest states; default: all."""
+    eval_cache: Path | None = None
+    """Cache of held-out prompts; RUN/best is the drafter with the highest replay tau on those not trained on."""
+    eval_every: int | None = None
+    """Steps between evaluations (each is a checkpoint too); default: --checkpoint-every. The last step is evaluated."""
+    mesh: str = "data=1"
+    """Devices to train on, such as data=2,model=4: sequences are split over data, head and blocks over model."""
     keep_initial: bool = False
     """Write run-0 too, the drafter before training: what any check should beat."""
     seed: int = 0
@@ -83,10 +102,31 @@ class TrainConfig:
     """New weights: "target" copies the target's first and last layers, "random" draws all from N(0, 0.02)."""
     mask_token_id: int | None = None
     """Token whose embedding fills the slots to be drafted; default: an unused special token of the tokenizer."""
+    tensorboard: bool = False
+    """Write the curve as TensorBoard event files too, into RUN/tensorboard."""
+    track: TrackerName = "none"
+    """Send the curve to wandb or trackio too, where that package is installed."""
+    plan: bool = False
+    """Say what the run will take (memory, FLOPs, traffic, time) and do not start it."""
+    device: str | None = None
+    """With --plan: estimate for this device from its data sheet (h100, h200, v6e-8, v5p-64), not by trying this one."""
+    utilisation: float = 0.4
+    """With --plan and --device: share of the data sheet's FLOP/s that the products are taken to reach."""
+    length: int | None = None
+    """With --plan: tokens of a sequence, where there is no --cache and no --responses yet."""
 
     def __post_init__(self) -> None:
         """Check the numbers."""
-        for name in ("steps", "num_layers", "sequences_per_step", "anchors_per_sequence", "checkpoint_every"):
+        for name in (
+            "steps",
+            "num_layers",
+            "sequences_per_step",
+            "anchors_per_sequence",
+            "checkpoint_every",
+            "keep",
+            "eval_every",
+            "length",
+        ):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise InputError(f"--{name.replace('_', '-')} is {value}: a positive number is needed")
@@ -104,13 +144,20 @@ class TrainConfig:
             if not getattr(self, name) >= 0:
                 raise InputError(f"--{name.replace('_', '-')} is {getattr(self, name)}: a number from 0 up is needed")
         self._check_choices()
+        self._check_run()
 
     def _check_choices(self) -> None:
         if self.block_size is not None and self.block_size < 2:
             raise InputError(
                 f"--block-size is {self.block_size}: at least 2 are needed (the anchor and one drafted token)"
             )
-        for name, kind in (("init", Init), ("dtype", Dtype), ("optimizer", Optimizer), ("schedule", Schedule)):
+        for name, kind in (
+            ("init", Init),
+            ("dtype", Dtype),
+            ("optimizer", Optimizer),
+            ("schedule", Schedule),
+            ("track", TrackerName),
+        ):
             choices = get_args(kind)
             if (value := getattr(self, name)) not in choices:
                 raise InputError(f"--{name} is {value!r}: choose {', '.join(choices[:-1])} or {choices[-1]}")
@@ -127,3 +174,34 @@ class TrainConfig:
     def compute(self) -> Compute:
         """How the drafter is computed."""
         return Compute(dtype=jnp.dtype(self.dtype), remat=self.remat)
+
+    def _check_run(self) -> None:
+        """Check where sequences come from, where they go, and what drafters are measured on."""
+        parse_mesh(self.mesh)
+        if self.eval_every is not None and self.eval_cache is None:
+            raise InputError(f"--eval-every is {self.eval_every}: there is no --eval-cache to evaluate on")
+        if self.features not in ("cached", "live"):
+            raise InputError(f"--features is {self.features!r}: choose cached or live")
+        is_live = self.features == "live"
+        needed, other = ("responses", "cache") if is_live else ("cache", "responses")
+        is_imagined = self.plan and self.length is not None
+        if (getattr(self, needed) is None and not is_imagined) or getattr(self, other) is not None:
+            raise InputError(f"--features {self.features} needs --{needed}, and no --{other}")
+        if not is_live and not is_imagined and (self.capture_layers is not None or self.position_offsets != "0"):
+            raise InputError("--capture-layers and --position-offsets are the cache's: give them with --features live")
+        parse_offsets(self.position_offsets)
+        if not self.plan and (self.device is not None or self.length is not None):
+            raise InputError("--device and --length only tell --plan what to count: give them with it")
+        if not 0 < self.utilisation <= 1:
+            raise InputError(f"--utilisation is {self.utilisation}: more than 0 and at most 1 is needed")
+        if self.device is not None:
+            parse_device(self.device)
+
+    def is_checkpoint(self, step: int) -> bool:
+        """Whether the state after `step` steps is kept."""
+        return step % self.checkpoint_every == 0 or step == self.steps or self.is_evaluated(step)
+
+    def is_evaluated(self, step: int) -> bool:
+        """Whether the drafter after `step` steps is measured on held-out prompts."""
+        every = self.eval_every or self.checkpoint_every
+        return self.eval_cache is not None and (step % every == 0 or step == self.steps)

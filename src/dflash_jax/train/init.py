@@ -7,11 +7,16 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from dflash_jax.drafter import Drafter, DrafterConfig, DrafterLayer, check_not_last_layer, init_drafter
 from dflash_jax.nn import Linear, RMSNorm, SwiGLU
-from dflash_jax.targets import DecoderLayer, Target
+from dflash_jax.targets import DecoderLayer, Target, TargetConfig
 
 
 def drafter_config(
-    target: Target, *, capture_layers: tuple[int, ...], num_layers: int, block_size: int, mask_token_id: int
+    target: Target | TargetConfig,
+    *,
+    capture_layers: tuple[int, ...],
+    num_layers: int,
+    block_size: int,
+    mask_token_id: int,
 ) -> DrafterConfig:
     """Return the config of a drafter shaped like its target's layers, with its biases and its rotary embedding.
 
@@ -21,7 +26,7 @@ def drafter_config(
     Raises:
         InputError: the target's last layer is captured.
     """
-    config = target.config
+    config = target if isinstance(target, TargetConfig) else target.config
     check_not_last_layer(capture_layers, config.num_layers, what="the drafter")
     return DrafterConfig(
         hidden_size=config.hidden_size,
@@ -85,6 +90,15 @@ def _warm_layer(layer: DrafterLayer, source: DecoderLayer, *, head_dim: int) -> 
     )
 
 
+def warm_layers(num_layers: int, *, num_target_layers: int) -> tuple[int, ...]:
+    """Return the target's layers that `warm_start` copies: the first half, rounded down, from its front.
+
+    Worked: 3 layers from a target of 30: (0, 28, 29).
+    """
+    first = num_layers // 2
+    return (*range(first), *range(num_target_layers - (num_layers - first), num_target_layers))
+
+
 def warm_start(drafter: Drafter, target: Target) -> Drafter:
     """Return the drafter with layers copied from the target's two ends, reading the deepest captured layer.
 
@@ -101,6 +115,7 @@ def warm_start(drafter: Drafter, target: Target) -> Drafter:
     config = drafter.config
     hidden = config.hidden_size
     first = config.num_layers // 2
+    # of a target of which `warm_layers` alone were loaded, these are all
     chosen = target.layers[:first] + target.layers[len(target.layers) - (config.num_layers - first) :]
     layers = tuple(_warm_layer(*pair, head_dim=config.head_dim) for pair in zip(drafter.layers, chosen, strict=True))
     deepest = max(range(len(config.capture_layers)), key=lambda i: config.capture_layers[i])
@@ -114,4 +129,6 @@ def new_drafter(config: DrafterConfig, target: Target, *, init: str, key: PRNGKe
     if init == "random":
         return drafter
     # copies: the train step donates its state, the target must survive it
-    return jax.tree_util.tree_map(jnp.copy, warm_start(drafter, target))
+    with jax.numpy_dtype_promotion("standard"):  # the target may be bfloat16
+        warm = warm_start(drafter, target)
+    return jax.tree_util.tree_map(lambda leaf: jnp.array(leaf, jnp.float32), warm)

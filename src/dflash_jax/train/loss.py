@@ -7,6 +7,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int32, PRNGKeyArray
 
 from dflash_jax.core import InputError
@@ -21,6 +22,7 @@ from dflash_jax.drafter import (
     eligible_anchors,
 )
 from dflash_jax.nn import linear_soft_cross_entropy
+from dflash_jax.train.sharding import BLOCKS, pin, split_pass
 
 Loss = Literal["cross-entropy", "d-pace", "kl"]
 Denominator = Literal["weights", "labels"]
@@ -163,6 +165,7 @@ def block_loss(
     objective: Objective,
     key: PRNGKeyArray,
     compute: Compute = AS_STORED,
+    mesh: Mesh | None = None,
 ) -> tuple[Float[Array, ""], StepStatistics]:
     """Return the loss of freshly drawn anchors of a batch of sequences, and its statistics.
 
@@ -180,11 +183,12 @@ def block_loss(
         objective: what is minimised.
         key: draws the anchors.
         compute: how the drafter is computed; the loss is float32.
+        mesh: devices that the sequences, blocks and the head are split over; None is one device.
     """
     block_size = drafter.config.block_size
     count = min(anchors_per_sequence, sequences.token_ids.shape[1])
     is_soft = objective.loss == "kl"
-    slots = _draw_slots(sequences, count, block_size=block_size, soft=is_soft, key=key)
+    slots = pin(_draw_slots(sequences, count, block_size=block_size, soft=is_soft, key=key), BLOCKS, mesh)
     hidden = draft_blocks(
         drafter,
         embed_tokens,
@@ -195,13 +199,15 @@ def block_loss(
         block_size=block_size,
         position_offset=sequences.position_offset,
         compute=compute,
-    )[..., 1:, :]
+    )
+    hidden = pin(hidden, BLOCKS, mesh)[..., 1:, :]
     labels, labelled, probabilities = slots.labels, slots.labelled, slots.probabilities
     rows = linear_soft_cross_entropy(
         hidden.reshape(-1, hidden.shape[-1]),
         head,
         slots.ids.reshape(-1, slots.ids.shape[-1]),
         probabilities.reshape(-1, probabilities.shape[-1]),
+        split_pass(mesh, head.shape[0]),
     )
     per_slot, correct = rows.loss.reshape(labels.shape), rows.tokens.reshape(labels.shape) == labels
     if is_soft:

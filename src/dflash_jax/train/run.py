@@ -1,36 +1,86 @@
-"""The `train` command: a cache in, a run folder out."""
+"""The `train` command: a cache or responses in, a run folder out."""
 
 import time
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
+import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from dflash_jax import targets, text
-from dflash_jax.cache import Cache, check_fingerprint, open_cache
-from dflash_jax.core import RECORD_NAME, InputError, Move, make_record, no_progress, read_json, sha256_json
+from dflash_jax.cache import DEFAULT_CAPTURE_COUNT, check_fingerprint, open_cache
+from dflash_jax.core import RECORD_NAME, InputError, Move, make_record, no_progress, parse_mesh, read_json
 from dflash_jax.drafter import Drafter, load_drafter, read_drafter_config
-from dflash_jax.train.checkpoint import RunFolder
+from dflash_jax.train.checkpoint import BEST, RunFolder, open_writer
 from dflash_jax.train.config import TrainConfig
-from dflash_jax.train.data import make_batches
-from dflash_jax.train.init import drafter_config, new_drafter
-from dflash_jax.train.optimizer import learning_rate_schedule
-from dflash_jax.train.step import StepResult, TrainState, frozen_ends, make_step, new_state
+from dflash_jax.train.data import CachedSource, Source
+from dflash_jax.train.evaluate import HeldOut, open_held_out
+from dflash_jax.train.init import drafter_config, new_drafter, warm_layers
+from dflash_jax.train.live import make_live_step, open_live
+from dflash_jax.train.loop import Loop, Step
+from dflash_jax.train.offsets import parse_offsets
+from dflash_jax.train.plan import DEFAULT_BLOCK_SIZE, DEFAULT_NUM_LAYERS, plan_run
+from dflash_jax.train.sharding import WHOLE, check_batch, put
+from dflash_jax.train.step import frozen_ends, make_step, new_state, put_state
+from dflash_jax.train.track import Tracker, check_trackers, open_trackers
 from dflash_jax.train.watch import LossWatch
 
-DEFAULT_BLOCK_SIZE = 8
-DEFAULT_NUM_LAYERS = 4
-FLUSH_EVERY = 10  # steps between looks at the device's results: the host waits for nothing in between
-_FREE_ON_RESUME = ("resume", "out", "target", "cache")  # where things lie may change, what they are may not
+# where things lie, on what they run and what is kept may change; what is trained, and on what, may not
+_FREE_ON_RESUME = (
+    "resume",
+    "out",
+    "target",
+    "cache",
+    "responses",
+    "eval_cache",
+    "mesh",
+    "keep",
+    "tensorboard",
+    "track",
+)
+_SOURCE_IDENTITIES = ("cache_fingerprint", "cache_sha256", "responses_sha256")
 
 
 def _target_fingerprint(target: Path) -> dict[str, Any]:
     return targets.fingerprint(target) | text.load_tokenizer(target).fingerprint()
 
 
-def _init_config(config: TrainConfig, cache: Cache) -> TrainConfig:
+def _open_source(config: TrainConfig) -> Source:
+    """Where sequences come from, held against the target.
+
+    Raises:
+        InputError: a bad target, cache or responses file; a cache of another target.
+    """
+    fingerprint = _target_fingerprint(config.target)
+    if config.cache is not None:
+        cache = open_cache(config.cache)
+        check_fingerprint(cache.manifest, fingerprint, what=f"the target {config.target}")
+        if config.loss == "kl" and not cache.manifest.get("top_k", 0):
+            raise InputError(
+                f"--loss kl needs the target's distribution, which the cache {config.cache} does not have: build one "
+                "with `cache build --top-k 32`"
+            )
+        return CachedSource(cache)
+    if config.loss == "kl":
+        raise InputError("--loss kl needs the target's distribution: train on a cache built with --top-k, not live")
+    assert config.responses is not None
+    target, layers = targets.read_target_config(config.target), config.capture_layers
+    if layers is None and config.init_from is not None:
+        layers = read_drafter_config(config.init_from).capture_layers
+    return open_live(
+        config.responses,
+        target=target,
+        capture_layers=layers or targets.default_capture_layers(target.num_layers, DEFAULT_CAPTURE_COUNT),
+        offsets=parse_offsets(config.position_offsets),
+        fingerprint=fingerprint,
+    )
+
+
+def _init_config(config: TrainConfig, source: Source) -> TrainConfig:
     """The config with block_size and num_layers filled in, from --init-from where it is given.
 
     Raises:
@@ -49,7 +99,7 @@ def _init_config(config: TrainConfig, cache: Cache) -> TrainConfig:
             ("block_size", parent.block_size, config.block_size),
             ("num_layers", parent.num_layers, config.num_layers),
             ("mask_token_id", parent.mask_token_id, config.mask_token_id),
-            ("capture_layers", list(parent.capture_layers), cache.manifest["capture_layers"]),
+            ("capture_layers", list(parent.capture_layers), list(source.capture_layers)),
             ("hidden_size", parent.hidden_size, target.hidden_size),
             ("vocab_size", parent.vocab_size, target.vocab_size),
             ("num_target_layers", parent.num_target_layers, target.num_layers),
@@ -63,7 +113,7 @@ def _init_config(config: TrainConfig, cache: Cache) -> TrainConfig:
     )
 
 
-def _first_drafter(config: TrainConfig, cache: Cache, target: targets.Target) -> Drafter:
+def _first_drafter(config: TrainConfig, source: Source, target: targets.Target) -> Drafter:
     if config.init_from is not None:
         return load_drafter(config.init_from)
     assert config.block_size is not None
@@ -75,7 +125,7 @@ def _first_drafter(config: TrainConfig, cache: Cache, target: targets.Target) ->
         raise InputError(f"--mask-token-id is {mask}: the target's vocabulary is 0 to {target.config.vocab_size - 1}")
     shape = drafter_config(
         target,
-        capture_layers=tuple(cache.manifest["capture_layers"]),
+        capture_layers=source.capture_layers,
         num_layers=config.num_layers,
         block_size=config.block_size,
         mask_token_id=mask,
@@ -98,11 +148,17 @@ def _begin(config: TrainConfig, folder: RunFolder) -> tuple[TrainConfig, dict[st
         InputError: nothing to resume, or a folder that is not new.
     """
     if not config.resume:
-        folder.check_new()
+        if folder.is_writer:  # who may have made it already when the others look
+            folder.check_new()
         return config, None
     begun = folder.read_config()
     parent = begun["config"].get("init_from")
     return replace(config, init_from=config.init_from or (parent and Path(parent))), begun
+
+
+def _resolved(path: Path | None) -> Path | None:
+    """What a link such as RUN/best points to now: it may point elsewhere when the run is resumed."""
+    return path.parent / path.readlink() if path is not None and path.is_symlink() else path
 
 
 def _check_resumable(begun: dict[str, Any], now: dict[str, Any]) -> None:
@@ -117,151 +173,159 @@ def _check_resumable(begun: dict[str, Any], now: dict[str, Any]) -> None:
         if name not in _FREE_ON_RESUME and begun["config"].get(name) != value
     ]
     changed += [
-        f"the cache is another one ({name} differs)"
-        for name in ("cache_fingerprint", "cache_sha256")
-        if begun.get(name) != now[name]
+        f"the {name.partition('_')[0]} {'are others' if 'responses' in name else 'is another one'} ({name} differs)"
+        for name in _SOURCE_IDENTITIES
+        if begun.get(name) != now.get(name)
     ]
     if changed:
         raise InputError(f"--resume needs the settings the run was begun with: {'; '.join(changed)}")
 
 
-def _metrics_row(
-    step: int, result: StepResult, learning_rate: float, anchors_per_s: float, seconds: float
-) -> dict[str, Any]:
-    statistics = result.statistics
-    return {
-        "step": step,
-        "loss": float(statistics.loss),
-        "accuracy": float(statistics.accuracy),
-        "accuracy_by_slot": np.asarray(statistics.accuracy_by_slot).tolist(),
-        "num_labels": int(statistics.num_labels),
-        "learning_rate": learning_rate,
-        "grad_norm": float(result.grad_norm),
-        "anchors_per_s": anchors_per_s,
-        "seconds": seconds,
-    }
+def _open_mesh(config: TrainConfig) -> Mesh | None:
+    """The devices to train on.
+
+    Raises:
+        InputError: see `targets.open_mesh` and `check_batch`.
+    """
+    check_batch(parse_mesh(config.mesh), config.sequences_per_step)
+    return targets.open_mesh(targets.read_target_config(config.target), config.mesh)
 
 
-@dataclass(kw_only=True)
-class _Loop:
-    """The steps of one call: what they need, and what they leave."""
+def _load_target(config: TrainConfig, mesh: Mesh | None) -> targets.Target:
+    """The target in the step's dtype, with the layers that are needed: all for live features, else those copied from.
 
-    config: TrainConfig
-    folder: RunFolder
-    record: dict[str, Any]
-    progress: Move
-    watch: LossWatch
+    Raises:
+        InputError: see `targets.load_target`; a drafter deeper than the target.
+    """
+    depth, wanted = targets.read_target_config(config.target).num_layers, config.num_layers or 0
+    layers = None
+    if config.features == "cached":
+        copies = config.init == "target" and config.init_from is None
+        if copies and wanted > depth:
+            raise InputError(
+                f"--num-layers is {wanted}, the target has {depth} to copy from: give at most that, or --init random"
+            )
+        layers = warm_layers(wanted, num_target_layers=depth) if copies else ()
+    return targets.load_target(config.target, dtype=jnp.dtype(config.dtype), mesh=mesh, layers=layers)
 
-    def run(self, state: TrainState, done: int, target: targets.Target, cache: Cache) -> TrainState:
-        """Train from step `done` to the last one, with checkpoints on the way."""
-        config = self.config
-        step_function = make_step(config)
-        batches = make_batches(
-            cache,
-            sequences_per_step=config.sequences_per_step,
-            max_positions=target.config.max_positions,
-            seed=config.seed,
-        )
-        ends = frozen_ends(target.embed_tokens, target.head, config)
-        pending: list[StepResult] = []
-        started = last = time.perf_counter()
-        for step in range(done, config.steps):
-            state, result = step_function(state, *ends, batches(step))
-            pending.append(result)
-            is_checkpoint = (step + 1) % config.checkpoint_every == 0 or step + 1 == config.steps
-            if is_checkpoint or len(pending) == FLUSH_EVERY:
-                jax.block_until_ready(pending[-1].grad_norm)
-                now = time.perf_counter()
-                self._flush(pending, step + 1, rate=len(pending) / (now - last), seconds=now - started)
-                pending, last = [], now
-            if is_checkpoint:
-                self.folder.save(state, step=step + 1, record=self.record | {"step": step + 1})
-                last = time.perf_counter()
-        return state
 
-    def _flush(self, results: list[StepResult], step: int, *, rate: float, seconds: float) -> None:
-        """Write finished steps to the curve.
+def _held_out(config: TrainConfig, source: Source, seen: list[str]) -> HeldOut | None:
+    """The prompts of --eval-cache; None without."""
+    if config.eval_cache is None:
+        return None
+    wanted = _target_fingerprint(config.target) | {"capture_layers": list(source.capture_layers)}
+    return open_held_out(
+        config.eval_cache,
+        fingerprint=wanted,
+        seen=frozenset(int(value, 16) for value in seen),
+        max_positions=targets.read_target_config(config.target).max_positions,
+        where=f"the target {config.target} with the layers that are trained on",
+    )
 
-        Raises:
-            InputError: a loss is not finite, or spikes; the last good checkpoint is named.
-        """
-        schedule = learning_rate_schedule(self.config)
-        anchors = self.config.sequences_per_step * self.config.anchors_per_sequence
-        rows = []
-        for index, result in enumerate(results):
-            number = step - len(results) + 1 + index
-            row = _metrics_row(number, result, float(np.asarray(schedule(number - 1))), rate * anchors, seconds)
-            if trouble := self.watch.see(number, loss=row["loss"], grad_norm=row["grad_norm"]):
-                self.folder.append_metrics(rows)
-                # the weights that gave this loss are those of the step before: its checkpoint is no good one
-                good = [self.folder.drafter_path(s) for s in self.folder.drafter_steps() if s < trouble.step - 1]
-                where = f"the last good checkpoint is {good[-1]}" if good else "no good checkpoint was written yet"
-                raise InputError(
-                    f"{trouble.what}: {where}; start again with a lower --learning-rate, from there with --init-from "
-                    "or anew"
-                )
-            rows.append(row)
-        self.folder.append_metrics(rows)
-        note = f"loss {rows[-1]['loss']:.3f}  acc {rows[-1]['accuracy']:.3f}  {rows[-1]['anchors_per_s']:.0f} anchors/s"
-        self.progress(step, self.config.steps, note)
+
+def _trackers(config: TrainConfig, folder: RunFolder, record: dict[str, Any], *, first: int) -> list[Tracker]:
+    """What is told every row; in the process that writes the curve."""
+    if not folder.is_writer:
+        return []
+    settings = {"tensorboard": config.tensorboard, "track": config.track}
+    return open_trackers(config.out, **settings, config=record["config"], first=first)
+
+
+def _make_step(
+    config: TrainConfig, source: Source, target: targets.Target, mesh: Mesh | None
+) -> tuple[Step, Callable[[int], Any], targets.Target]:
+    """One step, the batch of every step, and what stays of the target: its layers only where features are live."""
+    step_function = make_step(config, mesh=mesh)
+    batches = source.batches(
+        sequences_per_step=config.sequences_per_step,
+        max_positions=target.config.max_positions,
+        seed=config.seed,
+        mesh=mesh,
+    )
+    if config.features == "live":
+        live = make_live_step(step_function, config, capture_layers=source.capture_layers)
+        return lambda state, texts: live(state, target, texts), batches, target
+    ends = frozen_ends(target.embed_tokens, target.head, config)
+    return lambda state, batch: step_function(state, *ends, batch), batches, replace(target, layers=())
 
 
 def train(config: TrainConfig, *, progress: Move = no_progress) -> dict[str, Any]:
     """Train a drafter; write `run-<step>` folders, the curve and the resumable state.
 
     With `resume`, the run goes on from its newest state to the same weights, bit for bit, that it would have had
-    uninterrupted (same devices, same settings).
+    uninterrupted (same devices, same settings). With `plan`, nothing is trained or written: see `plan_run`.
 
     Returns:
         `run`, `drafter` (the last one's folder), `steps`, `steps_this_run`, `loss`, `accuracy`, `accuracy_by_slot`,
-        `anchors_per_s` (of the last steps), `seconds`, `num_prompts` (seen by the drafter, `init_from`'s included),
-        `num_parameters`.
+        `anchors_per_s` (of the last steps), `seconds`, `input_share` (of the steps' seconds that the loop waited for
+        batches), `best` (step, folder and held-out numbers; None without `eval_cache`), `num_prompts` (seen by the
+        drafter, `init_from`'s included), `num_parameters`.
 
     Raises:
         InputError: bad target or cache; a cache of another target, or without what the loss needs; settings that do not
             fit `init_from` or the run to resume; an existing `out`; a loss that is not finite.
     """
+    if config.plan:
+        return plan_run(config)
     started = time.perf_counter()
-    cache = open_cache(config.cache)
-    check_fingerprint(cache.manifest, _target_fingerprint(config.target), what=f"the target {config.target}")
-    if config.loss == "kl" and not cache.manifest.get("top_k", 0):
-        raise InputError(
-            f"--loss kl needs the target's distribution, which the cache {config.cache} does not have: build one with "
-            "`cache build --top-k 32`"
-        )
+    check_trackers(tensorboard=config.tensorboard, track=config.track)
+    config = replace(config, init_from=_resolved(config.init_from))
     folder = RunFolder(config.out)
     config, begun = _begin(config, folder)
-    config = _init_config(config, cache)
+    source = _open_source(config)
+    config = _init_config(config, source)
     record = make_record("train", config, seed=config.seed) | {
-        "cache_fingerprint": cache.manifest["fingerprint"],
-        "cache_sha256": sha256_json([entry["sha256"] for entry in cache.manifest["shards"]]),
+        "cache_fingerprint": source.fingerprint,
+        **source.identity,
     }
     if begun is not None:
         _check_resumable(begun, record)
+    mesh = _open_mesh(config)
     inherited = _inherited_prompts(config)
     # every shard is verified here, before anything is written
-    seen = sorted(inherited | {f"{value:016x}" for value in cache.prompt_hashes().tolist()})
-    target = targets.load_target(config.target)
-    drafter = _first_drafter(config, cache, target)
-    state, done = new_state(drafter, config), 0
+    seen = sorted(inherited | {f"{value:016x}" for value in source.prompt_hashes()})
+    held_out = _held_out(config, source, seen)
+    target = _load_target(config, mesh)
+    drafter = _first_drafter(config, source, target)
+    state, done = put_state(new_state(put(drafter, WHOLE, mesh), config), mesh), 0
     if config.resume:
         state, done = folder.restore(state)
     else:
         folder.create(record)
-    if config.keep_initial and done == 0:
-        folder.save_drafter(state, step=0, record=record | {"trained_prompt_hashes": sorted(inherited), "step": 0})
-    watch = LossWatch(config.spike_factor, curve=folder.metrics_path)
-    record |= {"trained_prompt_hashes": seen}
-    loop = _Loop(config=config, folder=folder, record=record, progress=progress, watch=watch)
-    state = loop.run(state, done, target, cache)
-    last = folder.last_metrics()
+    if config.keep_initial and done == 0 and folder.is_writer:
+        untrained = record | {"trained_prompt_hashes": sorted(inherited), "step": 0}
+        folder.save_drafter(state.drafter, step=0, record=untrained)
+    step, batches, target = _make_step(config, source, target, mesh)
+    loop = Loop(
+        config=config,
+        folder=folder,
+        record=record | {"trained_prompt_hashes": seen},
+        progress=progress,
+        step=step,
+        batches=batches,
+        embed_tokens=target.embed_tokens,
+        head=target.head,
+        held_out=held_out,
+        watch=LossWatch(config.spike_factor, curve=folder.metrics_path),
+        trackers=_trackers(config, folder, record, first=done + 1),
+    )
+    del drafter, target
+    with ExitStack() as closing:
+        for tracker in loop.trackers:
+            closing.callback(tracker.close)
+        writer = closing.enter_context(open_writer(folder, keep=config.keep))
+        state = loop.run(state, done, writer)
+        best = writer.best
+    last = (folder.metrics() or [{}])[-1]
     return {
         "run": str(config.out),
         "drafter": str(folder.drafter_path(config.steps)),
+        "best": None if best is None else {"step": best, "drafter": str(config.out / BEST), **folder.evaluation(best)},
         "steps": config.steps,
         "steps_this_run": config.steps - done,
         **{name: last.get(name) for name in ("loss", "accuracy", "accuracy_by_slot", "anchors_per_s")},
         "seconds": time.perf_counter() - started,
+        "input_share": loop.input_s / loop.seconds if loop.seconds else 0.0,
         "num_prompts": len(seen),
         "num_parameters": sum(leaf.size for leaf in jax.tree_util.tree_leaves(state.drafter)),
     }

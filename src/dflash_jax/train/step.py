@@ -6,12 +6,14 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int32
 
 from dflash_jax.drafter import Drafter, StoredSequence
 from dflash_jax.train.config import TrainConfig
 from dflash_jax.train.loss import StepStatistics, block_loss
 from dflash_jax.train.optimizer import make_optimizer
+from dflash_jax.train.sharding import MOMENTS, WHOLE, pin, put
 
 
 class TrainState(eqx.Module):
@@ -26,6 +28,15 @@ class TrainState(eqx.Module):
     drafter: Drafter
     optimizer: Any
     step: Int32[Array, ""]
+
+
+def put_state(state: TrainState, mesh: Mesh | None) -> TrainState:
+    """Return the state on the devices of a mesh, as `make_step` keeps it there."""
+    return TrainState(
+        drafter=put(state.drafter, WHOLE, mesh),
+        optimizer=put(state.optimizer, MOMENTS, mesh),
+        step=put(state.step, WHOLE, mesh),
+    )
 
 
 def new_state(drafter: Drafter, config: TrainConfig) -> TrainState:
@@ -53,11 +64,14 @@ def frozen_ends(
     return (narrow if embed_tokens is head else embed_tokens.astype(config.dtype)), narrow
 
 
-def make_step(config: TrainConfig):  # noqa: ANN201  (a jitted function)
+def make_step(config: TrainConfig, *, mesh: Mesh | None = None):  # noqa: ANN201  (a jitted function)
     """Return the compiled step `(state, embed_tokens, head, sequences) -> (state, StepResult)`; the state is donated.
 
     Anchors are drawn from `fold_in(key(seed), step)`, so a step depends on nothing but its number, the seed and the
     state.
+
+    On a mesh, every device takes its sequences and blocks; what the optimizer remembers is split over all of them, the
+    drafter's weights are whole everywhere.
     """
     optimizer = make_optimizer(config)
 
@@ -77,10 +91,13 @@ def make_step(config: TrainConfig):  # noqa: ANN201  (a jitted function)
             objective=config.objective,
             key=key,
             compute=config.compute,
+            mesh=mesh,
         )
+        gradient = pin(gradient, MOMENTS, mesh)
         with jax.numpy_dtype_promotion("standard"):  # optax raises a float to its int32 count
             updates, moments = optimizer.update(gradient, state.optimizer, state.drafter)  # pyright: ignore[reportArgumentType]
         drafter = optax.apply_updates(state.drafter, updates)  # pyright: ignore[reportArgumentType]
+        drafter, moments = pin(drafter, WHOLE, mesh), pin(moments, MOMENTS, mesh)
         new = TrainState(drafter=drafter, optimizer=moments, step=state.step + 1)  # pyright: ignore[reportArgumentType]
         return new, StepResult(statistics=statistics, grad_norm=optax.tree.norm(gradient))
 

@@ -1,0 +1,171 @@
+"""How a training step lies on a mesh: its rows, its state, and its head; `core.LOGICAL_AXES` says what goes where."""
+
+from collections.abc import Mapping
+from typing import TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Float, Int32
+
+from dflash_jax.core import InputError, MeshShape, mesh_shape, split_axes
+from dflash_jax.nn import HeadPart, LinearCrossEntropy, OnlinePass, fold_head, online_pass
+
+Tree = TypeVar("Tree")
+BLOCKS = ("batch", "anchors")  # logical axes of what is [batch, anchor, ...]
+MOMENTS = ("moments",)
+WHOLE: tuple[str | None, ...] = ()
+
+
+def check_batch(shape: MeshShape, sequences_per_step: int) -> None:
+    """Refuse a batch that some devices would have no part of.
+
+    Raises:
+        InputError: the sequences do not divide.
+    """
+    parts = shape.data * shape.expert
+    if sequences_per_step % parts:
+        raise InputError(
+            f"--sequences-per-step is {sequences_per_step}, --mesh {shape} splits it into {parts}: make it a multiple"
+        )
+
+
+def _row_sharding(mesh: Mesh, rank: int, rows: int) -> NamedSharding:
+    split = split_axes(("batch", *[None] * (rank - 1)), (rows, *[1] * (rank - 1)), mesh_shape(mesh))
+    return NamedSharding(mesh, PartitionSpec(*split))
+
+
+def local_rows(mesh: Mesh | None, rows: int) -> range:
+    """Return which rows of a batch this process's devices need; all of them without a mesh."""
+    if mesh is None:
+        return range(rows)
+    indices = _row_sharding(mesh, 1, rows).addressable_devices_indices_map((rows,)).values()
+    spans = [index[0].indices(rows) for index in indices if index is not None]
+    return range(min(start for start, _, _ in spans), max(end for _, end, _ in spans))
+
+
+def put_rows(mesh: Mesh | None, arrays: Mapping[str, np.ndarray], *, first: int, batch: int) -> dict[str, jax.Array]:
+    """Return arrays whose first axis is the batch on the devices; each process gives its own rows of it.
+
+    Without a mesh, nothing is copied on a CPU.
+
+    Args:
+        mesh: the run's; None is the default device.
+        arrays: host arrays of the rows that `local_rows` names, by name.
+        first: which row of the batch is their first.
+        batch: rows of the whole batch.
+    """
+    if mesh is None:
+        # device_put and not jnp.asarray, which copies, at a twentieth of the speed
+        return {name: jax.device_put(array) for name, array in arrays.items()}
+
+    def put(array: np.ndarray) -> jax.Array:
+        def part(index: tuple[slice, ...] | None) -> np.ndarray:
+            assert index is not None
+            start, end, _ = index[0].indices(batch)
+            return array[start - first : end - first]
+
+        shape = (batch, *array.shape[1:])
+        return jax.make_array_from_callback(shape, _row_sharding(mesh, array.ndim, batch), part)
+
+    return {name: put(array) for name, array in arrays.items()}
+
+
+def _sharding(mesh: Mesh, axes: tuple[str | None, ...], shape: tuple[int, ...]) -> NamedSharding:
+    """Where an array with these logical axes lies; axes that are not named are whole."""
+    named = (*axes, *[None] * (len(shape) - len(axes)))[: len(shape)]
+    return NamedSharding(mesh, PartitionSpec(*split_axes(named, shape, mesh_shape(mesh))))
+
+
+def pin(tree: Tree, axes: tuple[str | None, ...], mesh: Mesh | None) -> Tree:
+    """Return arrays that a compiled step keeps where the table says; without a mesh, the arrays.
+
+    Args:
+        tree: arrays whose first dimensions have the logical axes `axes`.
+        axes: names of them; further dimensions are whole.
+        mesh: the run's.
+    """
+    if mesh is None:
+        return tree
+    return jax.tree_util.tree_map(
+        lambda leaf: lax.with_sharding_constraint(leaf, _sharding(mesh, axes, leaf.shape)), tree
+    )
+
+
+def put(tree: Tree, axes: tuple[str | None, ...], mesh: Mesh | None) -> Tree:
+    """Return arrays on the devices that the table says, before the first step; every process has all of them.
+
+    Args:
+        tree: arrays, on one device of each process or spread over all.
+        axes: see `pin`.
+        mesh: the run's; None leaves them where they are.
+    """
+    if mesh is None:
+        return tree
+
+    def one(leaf: jax.Array) -> jax.Array:
+        sharding = _sharding(mesh, axes, leaf.shape)
+        if leaf.is_fully_addressable:
+            value = np.asarray(leaf)
+            return jax.make_array_from_callback(leaf.shape, sharding, lambda index: value[index])
+        return jax.jit(lambda x: x, out_shardings=sharding)(leaf)
+
+    return jax.tree_util.tree_map(one, tree)
+
+
+def _join(part: HeadPart, first: Int32[Array, ""], axis: str) -> tuple[LinearCrossEntropy, Float[Array, "row hidden"]]:
+    """`nn.online_pass` from the parts of all devices along an axis: one combine of maxima, sums and expected rows."""
+    top = lax.pmax(part.top, axis)
+    scale = jnp.exp(part.top - top)
+    total, label_logit = lax.psum((part.total * scale, part.label_logit), axis)
+    gradient = lax.psum(part.expected * (scale / total)[:, None] - part.label_row, axis)
+    # the lowest id of those that reach the top, as on one device
+    nowhere = jnp.int32(np.iinfo(np.int32).max)
+    tokens = lax.pmin(jnp.where(part.top == top, part.token + first, nowhere), axis)
+    return LinearCrossEntropy(loss=top + jnp.log(total) - label_logit, tokens=tokens), gradient
+
+
+def split_pass(mesh: Mesh | None, vocab_size: int) -> OnlinePass:
+    """Return `nn.online_pass` for a head that is split over its vocabulary: no device sees another's part of it.
+
+    Each device folds its own rows of the head for all rows of hidden states of its data group.
+
+    Args:
+        mesh: the run's.
+        vocab_size: rows of the head; where the mesh cannot divide them, every device has all.
+    """
+    if mesh is None:
+        return online_pass
+    (over,) = split_axes(("vocab",), (vocab_size,), mesh_shape(mesh))
+    if over is None:
+        return online_pass
+    (axis,) = over
+
+    def one_pass(
+        hidden: Float[Array, "row hidden"],
+        head: Float[Array, "vocab hidden"],
+        ids: Int32[Array, "row label"],
+        probabilities: Float[Array, "row label"],
+    ) -> tuple[LinearCrossEntropy, Float[Array, "row hidden"]]:
+        def local(hidden: Array, head: Array, ids: Array, probabilities: Array) -> tuple[LinearCrossEntropy, Array]:
+            size = head.shape[0]
+            first = lax.axis_index(axis).astype(jnp.int32) * jnp.int32(size)
+            own = ids - first
+            here = (own >= 0) & (own < size)
+            part = fold_head(hidden, head, jnp.clip(own, 0, size - 1), jnp.where(here, probabilities, 0.0))
+            return _join(part, first, axis)
+
+        # the batch is outermost in the rows, and divides by its devices
+        rows = PartitionSpec(*split_axes(("batch",), hidden.shape[:1], mesh_shape(mesh)))
+        return jax.shard_map(
+            local,
+            mesh=mesh,
+            in_specs=(rows, PartitionSpec(axis), rows, rows),
+            out_specs=(LinearCrossEntropy(loss=rows, tokens=rows), rows),  # pyright: ignore[reportArgumentType]
+            # every device along the axis ends with the same numbers, which the checker cannot see through the loop
+            check_vma=False,
+        )(hidden, head, ids, probabilities)
+
+    return one_pass
