@@ -6,10 +6,11 @@ import pytest
 
 import train_step as benchmark
 
-TINY = (
-    "--tokens 48 --anchors 8 --block-size 4 --layers 2 --capture 2 --hidden 32 --intermediate 48 --heads 4 --kv-heads 2 "
-    "--head-dim 8 --vocab 300 --sequences 2 --rounds 2 --ceiling-size 64 --alone"
-).split()
+SIZES = {
+    "tokens": 48, "anchors": 8, "block-size": 4, "layers": 2, "capture": 2, "hidden": 32, "intermediate": 48,
+    "heads": 4, "kv-heads": 2, "head-dim": 8, "vocab": 300, "sequences": 2, "rounds": 2, "ceiling-size": 64,
+}  # fmt: skip
+TINY = [*(f"--{name}={size}" for name, size in SIZES.items()), "--alone"]
 
 
 def test_flops_by_hand():
