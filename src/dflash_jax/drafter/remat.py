@@ -33,7 +33,8 @@ def rematerialised(function: Callable[..., Any]) -> Callable[..., Any]:
 
     def backward(arguments: Any, slope: Any) -> Any:
         parameters, inputs, *others = arguments
-        zero = jnp.float32(0) * jax.tree_util.tree_leaves(slope)[0].ravel()[0].astype(jnp.float32)
+        some = jax.tree_util.tree_leaves(slope)[0]
+        zero = jnp.float32(0) * some[(0,) * some.ndim].astype(jnp.float32)
         inputs = jax.tree_util.tree_map(
             lambda leaf: leaf + zero.astype(leaf.dtype) if _is_float(leaf) else leaf, inputs
         )
