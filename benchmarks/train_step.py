@@ -214,7 +214,8 @@ class Speculators:
         from speculators.models.dflash import core
 
         torch.set_num_threads(options.threads)
-        self._torch, self._core = torch, core
+        self._torch: Any = torch
+        self._core: Any = core
         self._model = _speculators_model(world, options)
         trained = [weight for weight in self._model.parameters() if weight.requires_grad]
         self._optimizer = torch.optim.AdamW(trained, lr=6e-4, betas=(0.9, 0.999), weight_decay=0.0)

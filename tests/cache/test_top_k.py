@@ -53,6 +53,8 @@ def test_they_are_those_of_the_targets_softmax(tmp_path):
     target, cache = load_target(target_folder), open_cache(built)
     for index in range(cache.num_sequences):
         sequence = cache.sequence(index)
+        assert sequence.top_ids is not None
+        assert sequence.top_logprobs is not None
         tokens = jax.numpy.asarray(sequence.token_ids)[None]
         zero = jax.numpy.zeros(1, jax.numpy.int32)
         out = prefill(target, tokens, lengths=zero + tokens.shape[1], position_offset=zero)

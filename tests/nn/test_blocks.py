@@ -83,9 +83,8 @@ def loss_and_slopes(q, context, context_lengths, block, block_lengths, weights):
     """A weighted sum of the outputs, and its gradients with respect to q, context and block."""
 
     def total(q, context, block):
-        out = block_attention(
-            q, *context, jnp.array(context_lengths, jnp.int32), *block, jnp.array(block_lengths, jnp.int32)
-        )
+        lengths = [jnp.array(some, jnp.int32) for some in (context_lengths, block_lengths)]
+        out = block_attention(q, context[0], context[1], lengths[0], block[0], block[1], lengths[1])
         return jnp.sum(out.astype(jnp.float32) * weights)
 
     trees = jax.tree.map(jnp.asarray, (q, context, block))

@@ -165,9 +165,9 @@ def test_every_loss_and_its_gradient_are_those_of_the_plain_loop(kind, denominat
     assert loss == pytest.approx(wanted.loss, rel=2e-6)
     assert statistics.accuracy_by_slot == pytest.approx(np.divide(wanted.hits, wanted.counts))
     if kind == "d-pace":  # its weights are constants: the slope is that of the sum with the weights as they are here
-        ends = (part.astype(np.float64) for part in model()[1:])
+        embed, head = (part.astype(np.float64) for part in model()[1:])
         config = CONFIG.to_json(dtype="float32")
-        settings["slot_weights"] = oracle.all_dpace_weights(weights, config, *ends, rows())
+        settings["slot_weights"] = oracle.all_dpace_weights(weights, config, embed, head, rows())
     draw = np.random.default_rng(len(kind))
     direction = {name: draw.normal(0, 1, value.shape) for name, value in weights.items()}
     step = 1e-5

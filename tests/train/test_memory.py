@@ -1,6 +1,7 @@
 """The bytes that are said against those that XLA counts in the compiled step."""
 
 from pathlib import Path
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -29,7 +30,7 @@ def by_xla(shape, config, *, width):
     state = eqx.filter_eval_shape(lambda: new_state(init_drafter(shape, key=jax.random.key(0)), config))
     count = config.sequences_per_step
 
-    def array(*sizes, dtype=jnp.int32):
+    def array(*sizes, dtype=jnp.int32) -> Any:
         return jax.ShapeDtypeStruct(sizes, dtype)
 
     end = array(shape.vocab_size, shape.hidden_size, dtype=jnp.float32)

@@ -15,6 +15,7 @@ def troubles(losses, *, factor=3.0, curve=None):
 def test_a_loss_that_stays_up_is_a_spike_that_began_with_its_first_step():
     found = troubles([2.0] * 100 + [6.5, 7.0, 9.0, 8.0, 7.0])
     assert found[:-1] == [None] * 104
+    assert found[-1] is not None
     assert found[-1].step == 101
     assert found[-1].what == ("the loss spikes at step 101: 6.5 and above 6.5 since, 2 before (--spike-factor)")
 
@@ -40,6 +41,7 @@ def test_the_same_with_the_watch_off():
 @pytest.mark.parametrize(("loss", "grad_norm"), [(float("nan"), 1.0), (float("inf"), 1.0), (1.0, float("nan"))])
 def test_what_is_not_finite_stops_at_once(loss, grad_norm):
     found = LossWatch(0.0).see(7, loss=loss, grad_norm=grad_norm)
+    assert found is not None
     assert (found.step, found.what) == (7, "loss or gradient is not finite at step 7")
 
 
@@ -50,4 +52,5 @@ def test_a_resumed_run_remembers(tmp_path):
     watch = LossWatch(3.0, curve=path)
     found = [watch.see(43 + i, loss=8.0, grad_norm=1.0) for i in range(3)]
     assert found[:2] == [None, None]
+    assert found[2] is not None
     assert found[2].step == 41

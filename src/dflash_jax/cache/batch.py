@@ -122,6 +122,8 @@ def _stack_tops(
     shape = (len(sequences), width, sequences[0].top_ids.shape[1])
     ids, logprobs = np.zeros(shape, np.int32), np.zeros(shape, np.float16)
     for row, sequence in enumerate(sequences):
+        assert sequence.top_ids is not None
+        assert sequence.top_logprobs is not None
         length = len(sequence.token_ids)
         ids[row, :length], logprobs[row, :length] = sequence.top_ids, sequence.top_logprobs
     return ids, logprobs

@@ -154,9 +154,8 @@ class TargetCapture:
 
 def _captured(results: list[Any], rows: int) -> Captured:
     """The first rows of a forward's results."""
-    features, scales, labels, top_ids, top_logprobs = (
-        array if array is None or len(array) == rows else array[:rows] for array in results
-    )
+    first: list[Any] = [array if array is None or len(array) == rows else array[:rows] for array in results]
+    features, scales, labels, top_ids, top_logprobs = first
     return Captured(
         features=features, feature_scales=scales, next_ids=labels, top_ids=top_ids, top_logprobs=top_logprobs
     )

@@ -7,6 +7,7 @@ one forward.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import equinox as eqx
@@ -15,6 +16,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32, PRNGKeyArray
 
 from dflash_jax.drafter.config import DrafterConfig
+from dflash_jax.drafter.remat import rematerialised
 from dflash_jax.nn import Linear, RMSNorm, SwiGLU, apply_rope, block_attention, rope_cos_sin
 
 INITIALIZER_RANGE = 0.02
@@ -40,9 +42,9 @@ class Compute:
     dtype: jnp.dtype | None = None
     remat: bool = False
 
-    def checkpointed(self, function: Callable[..., Any], *, static_argnums: tuple[int, ...]) -> Callable[..., Any]:
-        """The function, keeping its inputs alone for the backward pass where `remat` is on."""
-        return jax.checkpoint(function, static_argnums=static_argnums) if self.remat else function
+    def kept(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """The function, of which the backward pass keeps the arguments alone where `remat` is on."""
+        return rematerialised(function) if self.remat else function
 
 
 AS_STORED = Compute()
@@ -126,6 +128,7 @@ def _layer_context(
     layer: DrafterLayer,
     rows: Float[Array, "*batch context hidden"],
     cos_sin: tuple[Float[Array, "*batch context half_dim"], Float[Array, "*batch context half_dim"]],
+    *,
     head_dim: int,
 ) -> ContextKV:
     attention = layer.self_attn
@@ -153,8 +156,8 @@ def context_kv(
     """
     rows = drafter.hidden_norm(drafter.fc(features.astype(compute.dtype or drafter.fc.weight.dtype)))
     cos_sin = rope_cos_sin(drafter.config.rope, positions)
-    one = compute.checkpointed(_layer_context, static_argnums=(3,))
-    return tuple(one(layer, rows, cos_sin, drafter.config.head_dim) for layer in drafter.layers)
+    one = compute.kept(partial(_layer_context, head_dim=drafter.config.head_dim))
+    return tuple(one(layer, rows, cos_sin) for layer in drafter.layers)
 
 
 def _run_layer(
@@ -163,6 +166,7 @@ def _run_layer(
     kv: ContextKV,
     lengths: tuple[Int32[Array, "*batch anchor"], Int32[Array, "*batch anchor"]],
     cos_sin: tuple[Float[Array, "*batch anchor block half_dim"], Float[Array, "*batch anchor block half_dim"]],
+    *,
     head_dim: int,
 ) -> Float[Array, "*batch anchor block hidden"]:
     """One layer over the slots; `lengths` are those of the contexts and of the blocks."""
@@ -200,9 +204,9 @@ def draft_hidden(
     """
     cos_sin = rope_cos_sin(drafter.config.rope, positions)
     x = slots.astype(compute.dtype or drafter.fc.weight.dtype)
-    run = compute.checkpointed(_run_layer, static_argnums=(5,))
+    run = compute.kept(partial(_run_layer, head_dim=drafter.config.head_dim))
     for layer, kv in zip(drafter.layers, context, strict=True):
-        x = run(layer, x, kv, (context_lengths, block_lengths), cos_sin, drafter.config.head_dim)
+        x = run(layer, x, kv, (context_lengths, block_lengths), cos_sin)
     return drafter.norm(x)
 
 

@@ -1,25 +1,9 @@
 """RMSNorm."""
 
-from functools import partial
-
 import equinox as eqx
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
-
-
-# the backward pass keeps the input alone: what is made of it costs less to make again than to store
-@partial(jax.checkpoint, static_argnums=(2, 3))
-def _normed(
-    x: Float[Array, "*rows hidden"], weight: Float[Array, " hidden"], eps: float, cast_last: bool
-) -> Float[Array, "*rows hidden"]:
-    wide = x.astype(jnp.float32)
-    scaled = wide * lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)
-    weight = jnp.expand_dims(weight, tuple(range(x.ndim - 1)))
-    if cast_last or weight.dtype != x.dtype:
-        return (scaled * weight.astype(jnp.float32)).astype(x.dtype)
-    return scaled.astype(x.dtype) * weight
 
 
 class RMSNorm(eqx.Module):
@@ -44,4 +28,9 @@ class RMSNorm(eqx.Module):
 
     def __call__(self, x: Float[Array, "*rows hidden"]) -> Float[Array, "*rows hidden"]:
         """Return `x / sqrt(mean(x^2) + eps) * weight`, in `x`'s dtype."""
-        return _normed(x, self.weight, self.eps, self.cast_last)
+        wide = x.astype(jnp.float32)
+        scaled = wide * lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
+        weight = jnp.expand_dims(self.weight, tuple(range(x.ndim - 1)))
+        if self.cast_last or self.weight.dtype != x.dtype:
+            return (scaled * weight.astype(jnp.float32)).astype(x.dtype)
+        return scaled.astype(x.dtype) * weight

@@ -136,6 +136,7 @@ def step_bytes(
         inner=drafter.intermediate_size,
     )
     drafted, chunk = sequences * anchors * (block - 1), min(vocab, VOCAB_CHUNK)
+    rest = vocab % VOCAB_CHUNK if vocab > chunk else 0
     blocks = anchors_per_chunk(anchors, block=block, heads=drafter.num_heads, context=width)
     scores = sequences * blocks * block * drafter.num_heads * width
     moments = 2 * (weights - matrices) + matrices if config.optimizer == "muon" else 2 * weights
@@ -146,6 +147,7 @@ def step_bytes(
         batch=sequences * width * (drafter.num_features * features_itemsize + 8),
         gradient=2 * _WIDE * weights,
         activations=_activations(rows, drafter, itemsize=itemsize, remat=config.remat),
-        head_scratch=_WIDE * drafted * (2 * chunk + 3 * hidden) + (chunk * hidden * itemsize if vocab > chunk else 0),
-        attention_scratch=_WIDE * 4 * scores,
+        head_scratch=_WIDE * drafted * (2 * chunk + 2 * rest + 3 * hidden)
+        + (chunk * hidden * itemsize if vocab > chunk else 0),
+        attention_scratch=_WIDE * 6 * scores,
     )
