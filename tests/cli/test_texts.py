@@ -43,8 +43,8 @@ def test_text_alone_is_printed_as_it_is():
 def test_accepted_runs_stand_in_brackets_where_there_is_no_colour():
     assert printed(io.StringIO(), blocks=True) == (
         "--- p0 ---\nHe⟦llo wor⟧ld!␛[31m\t\n\n"
-        "(7 tokens, 4 drafted and accepted; 3 blocks, 2.00 tokens a block)\n"
-        "--- p1 ---\né\n(1 tokens, 0 drafted and accepted; 0 blocks, no block)\n"
+        "(tokens: 7, drafted and accepted: 4; blocks: 3, 2.00 tokens a block)\n"
+        "--- p1 ---\né\n(tokens: 1, drafted and accepted: 0; blocks: 0, no block)\n"
     )
 
 

@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 import equinox as eqx
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -80,7 +81,7 @@ def test_a_tie_is_explained(target, outcomes):
     other = (ours + 11) % len(tiny.TOKENS)
     head = np.array(target.lm_head)
     head[other] = head[ours]
-    tied = eqx.tree_at(lambda t: t.lm_head, target, head)
+    tied = eqx.tree_at(lambda t: t.lm_head, target, jnp.asarray(head))
     flip = explain_flip(tied, prompt, plain, changed(speculative, index, other), **SHAPE)
     assert flip is not None
     assert (flip.plain_margin, flip.speculative_margin) == (0.0, 0.0)

@@ -21,7 +21,7 @@ from dflash_jax.decode import (
     start_decoding,
     token_keys,
 )
-from dflash_jax.targets import load_target, prefill, read_target_config, tensor_shapes
+from dflash_jax.targets import load_target, open_mesh, prefill, read_target_config, tensor_shapes
 from oracles import sampling
 from support import tiny, tiny_chain
 
@@ -71,6 +71,17 @@ def test_a_row_s_samples_do_not_hang_on_its_batch(target, decoder, drafter, prom
     assert same[0].tokens != same[2].tokens
     reseeded = Sampling(temperature=1.1, top_k=9, top_p=0.8, seed=5)
     assert decoder.decode([prompts[1]], sampling=reseeded, streams=[12]).rows[0].tokens != same[0].tokens
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", ["data=2", "model=2"])
+def test_samples_are_the_same_on_a_mesh(decoder, prompts, mesh):
+    folder = tiny.tiny_target()
+    split = load_target(folder, mesh=open_mesh(read_target_config(folder), mesh))
+    over = Decoder(split, stop_ids=[tiny.STOP_ID], max_new_tokens=MAX_NEW, batch_size=4)
+    for settings in SETTINGS:
+        wanted = decoder.decode(prompts[:3], sampling=settings, streams=[7, 8, 9]).rows
+        assert over.decode(prompts[:3], sampling=settings, streams=[7, 8, 9]).rows == wanted
 
 
 def test_rows_have_settings_of_their_own(target, decoder, drafter, prompts):

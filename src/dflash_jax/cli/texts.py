@@ -58,7 +58,7 @@ class TextPrinter:
     def _counts(self) -> str:
         tokens = self._drafted + self._own
         tau = f"{(tokens - 1) / self._num_blocks:.2f} tokens a block" if self._num_blocks else "no block"
-        return f"({tokens} tokens, {self._drafted} drafted and accepted; {self._num_blocks} blocks, {tau})"
+        return f"(tokens: {tokens}, drafted and accepted: {self._drafted}; blocks: {self._num_blocks}, {tau})"
 
     def _write(self, text: str, style: Style | None = None) -> None:
         encoding = getattr(self._file, "encoding", None) or "utf-8"
