@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 
+from dflash_jax.cache import open_cache
 from dflash_jax.core import start_processes
 from dflash_jax.targets import load_target, open_mesh
 from dflash_jax.train import train
@@ -38,8 +39,6 @@ def config_of(target, source, out, mesh):
 
 def shards(config):
     """The shapes of some arrays on the first device, and everything the compiled step gathers, on a cached source."""
-    from dflash_jax.cache import open_cache
-
     cache = open_cache(config.cache)
     mesh = open_mesh(load_target(config.target).config, config.mesh)
     target = load_target(config.target, mesh=mesh)

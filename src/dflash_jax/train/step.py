@@ -99,6 +99,7 @@ def make_step(config: TrainConfig, *, mesh: Mesh | None = None):  # noqa: ANN201
         drafter = optax.apply_updates(state.drafter, updates)  # pyright: ignore[reportArgumentType]
         drafter, moments = pin(drafter, WHOLE, mesh), pin(moments, MOMENTS, mesh)
         new = TrainState(drafter=drafter, optimizer=moments, step=state.step + 1)  # pyright: ignore[reportArgumentType]
-        return new, StepResult(statistics=statistics, grad_norm=optax.tree.norm(gradient))
+        result = StepResult(statistics=statistics, grad_norm=optax.tree.norm(gradient))
+        return new, pin(result, WHOLE, mesh)
 
     return jax.jit(step, donate_argnums=(0,))
