@@ -238,7 +238,7 @@ def test_what_is_kept_of_a_response_does_not_grow_with_its_tokens(tmp_path):
 
 def test_memory_does_not_grow_with_the_sequences(tmp_path):
     """Of a row that is longer by one, a build keeps what its plan and ledger need, and not its features."""
-    peaks, counts = [], (100, 700)
+    peaks, counts, stored = [], (100, 700), 0.0
     for count in counts:
         folder = tmp_path / f"{count}"
         toy_cache.write_inputs(folder, toy_cache.toy_rows(count))
@@ -246,7 +246,7 @@ def test_memory_does_not_grow_with_the_sequences(tmp_path):
         built = toy_cache.build_toy(folder, position_offsets=(0,), features="float32", tokens_per_shard=4000)
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
-    stored = built["bytes"] / counts[1]
+        stored = built["bytes"] / count
     assert stored > 2000
     assert (peaks[1] - peaks[0]) / (counts[1] - counts[0]) < 0.25 * stored
 

@@ -1,6 +1,7 @@
 """Where two ways of decoding part: near ties are told from mistakes."""
 
 from dataclasses import replace
+from typing import Any
 
 import equinox as eqx
 import jax.numpy as jnp
@@ -10,7 +11,8 @@ import pytest
 from dflash_jax.decode import Decoded, Decoder, Sampling, explain_flip
 from support import tiny, tiny_chain
 
-NEW, BLOCK, SHAPE = 20, 5, {"rows": 1, "prompt_bucket": 64, "max_new_tokens": 20, "block_size": 5}
+NEW, BLOCK = 20, 5
+SHAPE: dict[str, Any] = {"rows": 1, "prompt_bucket": 64, "max_new_tokens": 20, "block_size": 5}
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dflash_jax.nn import greedy_tokens, linear_cross_entropy, linear_soft_cross_entropy, top_tokens
+from dflash_jax.nn import LinearCrossEntropy, greedy_tokens, linear_cross_entropy, linear_soft_cross_entropy, top_tokens
 from dflash_jax.nn.head import DIRECT_LOGITS, VOCAB_CHUNK
 
 # two whole chunks and a rest, whole chunks only, less than a chunk
@@ -137,7 +137,9 @@ def test_soft_labels_are_a_weighted_sum_of_hard_ones(vocab):
     @jax.jit
     @partial(jax.value_and_grad, has_aux=True)
     def run(x):
-        result = linear_soft_cross_entropy(x, jnp.asarray(head), jnp.asarray(ids), jnp.asarray(shares))
+        result: LinearCrossEntropy = linear_soft_cross_entropy(
+            x, jnp.asarray(head), jnp.asarray(ids), jnp.asarray(shares)
+        )
         return jnp.sum(result.loss * weights), result
 
     (_, result), got = run(jnp.asarray(x))

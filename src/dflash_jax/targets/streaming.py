@@ -122,7 +122,8 @@ def same_bits(one: StoredTensor, other: StoredTensor) -> bool:
         parts = [np.empty((rows.stop - first, *one.shape[1:]), one.dtype) for _ in range(2)]
         for tensor, part in zip((one, other), parts, strict=True):
             read_slice(tensor, (rows, *rest), part)
-        if not np.array_equal(*(part.view(np.uint8) for part in parts)):
+        mine, others = (part.view(np.uint8) for part in parts)
+        if not np.array_equal(mine, others):
             return False
     return True
 

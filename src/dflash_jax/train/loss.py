@@ -21,7 +21,7 @@ from dflash_jax.drafter import (
     draft_blocks,
     eligible_anchors,
 )
-from dflash_jax.nn import linear_soft_cross_entropy
+from dflash_jax.nn import LinearCrossEntropy, linear_soft_cross_entropy
 from dflash_jax.train.sharding import BLOCKS, pin, split_pass
 
 Loss = Literal["cross-entropy", "d-pace", "kl"]
@@ -202,7 +202,7 @@ def block_loss(
     )
     hidden = pin(hidden, BLOCKS, mesh)[..., 1:, :]
     labels, labelled, probabilities = slots.labels, slots.labelled, slots.probabilities
-    rows = linear_soft_cross_entropy(
+    rows: LinearCrossEntropy = linear_soft_cross_entropy(
         hidden.reshape(-1, hidden.shape[-1]),
         head,
         slots.ids.reshape(-1, slots.ids.shape[-1]),
