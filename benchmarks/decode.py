@@ -36,7 +36,7 @@ from common import (
     write_result,
 )
 from decode_others import Generate, Zlab, load_hf_target, use_torch
-from decode_work import Batch, Runs, new_tokens_of, passes_made, tau_of, weight_bytes
+from decode_work import KINDS, Batch, Runs, new_tokens_of, passes_made, tau_of, weight_bytes
 from dflash_jax.drafter import Drafter, DrafterConfig, init_drafter, load_drafter
 from dflash_jax.targets import Target, load_target
 from dflash_jax.text import encode_prompts, load_tokenizer
@@ -147,7 +147,7 @@ def contestants(runs: Runs, prompts: list[list[int]], accepts: list[int], others
         "dflash_prefill": partial(runs.prefill, speculative=True),
         "dflash": runs.speculative,
         **{f"oracle_{accept}": partial(runs.oracle, accept) for accept in accepts},
-        **{kind: partial(runs.passes_of, kind) for kind in ("t_plain", "t_draft", "t_verify")},
+        **{kind: partial(runs.passes_of, kind) for kind in KINDS},
     }
     if others is not None:
         width = runs.batches[0].tokens.shape[1]
@@ -218,7 +218,7 @@ def apart_times(times: Mapping[str, Times], passes: int) -> dict[str, Times]:
         kind: Times(
             wall_s=tuple(t / passes for t in times[kind].wall_s), cpu_s=tuple(t / passes for t in times[kind].cpu_s)
         )
-        for kind in ("t_plain", "t_draft", "t_verify")
+        for kind in KINDS
     }
 
 

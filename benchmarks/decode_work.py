@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Int32
+from jaxtyping import Array, Float, Int32
 
 from dflash_jax.decode import (
     DecodeState,
@@ -23,8 +23,11 @@ from dflash_jax.decode import (
     verify,
 )
 from dflash_jax.drafter import Drafter
+from dflash_jax.nn import greedy_tokens
 from dflash_jax.targets import Target
 
+KINDS = ("t_plain", "t_draft", "t_verify", "t_head")
+"""Passes that are measured apart: a plain step, a draft, a verify, and the head alone over a draft's slots."""
 NO_STOP = -1  # an id that no target says: every prompt gets all of its tokens
 
 start = jax.jit(start_decoding, static_argnames=("capacity", "max_new_tokens"))
@@ -129,6 +132,18 @@ def verify_passes(
     return lax.fori_loop(0, passes, one, state).tokens
 
 
+@partial(jax.jit, static_argnames=("passes",))
+def head_passes(
+    target: Target, hidden: Float[Array, "batch drafted hidden"], *, passes: int
+) -> Float[Array, "batch drafted hidden"]:
+    """Find the greedy tokens of drafted slots, the head alone: a part of a draft, and nearly one of a verify."""
+
+    def one(_: Array, rows: Float[Array, "batch drafted hidden"]) -> Float[Array, "batch drafted hidden"]:
+        return rows.at[..., 0].add(greedy_tokens(rows, target.head).astype(rows.dtype))
+
+    return lax.fori_loop(0, passes, one, hidden)
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Batch:
     """Prompts side by side, padded to one width."""
@@ -208,9 +223,13 @@ class Runs:
         """The target's own text of every batch, decoded plainly once."""
         return [state.tokens for state in self.plain()]
 
-    def passes_of(self, kind: str) -> Int32[Array, "batch capacity"]:
-        """`passes` passes of one kind ("t_plain", "t_draft", "t_verify") on the first batch, after its prompts."""
+    def passes_of(self, kind: str) -> Array:
+        """`passes` passes of one of `KINDS` on the first batch, after its prompts."""
         state = self._prompts_done
+        if kind == "t_head":
+            return head_passes(
+                self.target, self.target.embed_tokens[state.tokens[:, 1 : self.block_size]], passes=self.passes
+            )
         if kind == "t_plain":
             return plain_passes(self.target, state, passes=self.passes)
         run = draft_passes if kind == "t_draft" else verify_passes

@@ -54,6 +54,9 @@ def test_an_oracle_that_is_not_asked_leaves_the_drafter_alone(runs):
 
 
 def test_passes_apart_are_passes(runs):
+    head = runs.passes_of("t_head")
+    assert head.shape == (2, 4, 24)
+    assert bool(jnp.isfinite(head).all())
     for kind in ("t_plain", "t_draft", "t_verify"):
         tokens = runs.passes_of(kind)
         # each pass puts another token at the anchor, so that none can be left out
