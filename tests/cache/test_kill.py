@@ -215,6 +215,7 @@ def test_second_builder_is_refused(tmp_path):
         ({"features": "float32"}, "features was 'bfloat16', now 'float32'"),
         ({"share_prompts": False}, "share_prompts was True, now False"),
         ({"rope": "float32"}, "rope was 'exact', now 'float32'"),
+        ({"top_k": 4}, "top_k was 0, now 4"),
         ({"dtype": "bfloat16"}, "dtype was 'float32', now 'bfloat16'"),
         ({"mesh": "data=2"}, "mesh was 'data=1', now 'data=2'"),
         ({"fingerprint": toy_cache.FINGERPRINT | {"target_weights": "w2"}}, "target_weights was 'w1', now 'w2'"),
@@ -231,7 +232,7 @@ def test_changed_setting_is_named(tmp_path, changes, message):
 def test_every_setting_is_compared_or_free():
     """A setting that is added must be in one of the two tests here."""
     compared = {"tokens_per_shard", "tokens_per_batch", "capture_layers", "position_offsets", "features"}
-    compared |= {"share_prompts", "rope", "dtype", "mesh"}
+    compared |= {"share_prompts", "rope", "dtype", "mesh", "top_k"}
     free = {"target", "responses", "out", "process_index", "process_count"}
     assert {field.name for field in fields(CacheBuildConfig)} == compared | free
 
