@@ -4,7 +4,6 @@ Nothing of size rows x vocabulary is made: a chunk of `VOCAB_CHUNK` columns at a
 """
 
 from collections.abc import Callable
-from functools import partial
 
 import equinox as eqx
 import jax
@@ -221,12 +220,38 @@ def online_pass(
 OnlinePass = Callable[[Array, Array, Array, Array], tuple[LinearCrossEntropy, Array]]
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _result(
+    one_pass: OnlinePass,
+    hidden: Float[Array, "row hidden"],
+    head: Float[Array, "vocab hidden"],
+    ids: Int32[Array, "row label"],
+    probabilities: Float[Array, "row label"],
+) -> LinearCrossEntropy:
+    return one_pass(hidden, head, ids, probabilities)[0]
+
+
+def _forward(one_pass, hidden, head, ids, probabilities):  # noqa: ANN001, ANN202
+    result, gradient = one_pass(hidden, head, ids, probabilities)
+    # an empty array carries the dtype of the rows: the gradient stays float32 until the row's weight is in it
+    return result, (gradient, jnp.zeros(0, hidden.dtype))
+
+
+def _backward(one_pass, kept, cotangent: LinearCrossEntropy):  # noqa: ANN001, ANN202
+    del one_pass
+    gradient, like = kept
+    return (gradient * cotangent.loss[:, None]).astype(like.dtype), None, None, None
+
+
+_with_slope = jax.custom_vjp(_result, nondiff_argnums=(0,))
+_with_slope.defvjp(_forward, _backward)
+
+
 def linear_soft_cross_entropy(
     hidden: Float[Array, "row hidden"],
     head: Float[Array, "vocab hidden"],
     ids: Int32[Array, "row label"],
     probabilities: Float[Array, "row label"],
+    *,
     one_pass: OnlinePass = online_pass,
 ) -> LinearCrossEntropy:
     """Return each row's cross-entropy against a distribution over some tokens; differentiable in `hidden` alone.
@@ -243,22 +268,7 @@ def linear_soft_cross_entropy(
         probabilities: of those tokens, float32; they sum to 1.
         one_pass: how the head is met, where it is not whole on every device.
     """
-    return one_pass(hidden, head, ids, probabilities)[0]
-
-
-def _forward(hidden, head, ids, probabilities, one_pass):  # noqa: ANN001, ANN202
-    result, gradient = one_pass(hidden, head, ids, probabilities)
-    # an empty array carries the dtype of the rows: the gradient stays float32 until the row's weight is in it
-    return result, (gradient, jnp.zeros(0, hidden.dtype))
-
-
-def _backward(one_pass, kept, cotangent: LinearCrossEntropy):  # noqa: ANN001, ANN202
-    del one_pass
-    gradient, like = kept
-    return (gradient * cotangent.loss[:, None]).astype(like.dtype), None, None, None
-
-
-linear_soft_cross_entropy.defvjp(_forward, _backward)
+    return _with_slope(one_pass, hidden, head, ids, probabilities)
 
 
 def linear_cross_entropy(

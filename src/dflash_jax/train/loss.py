@@ -207,7 +207,7 @@ def block_loss(
         head,
         slots.ids.reshape(-1, slots.ids.shape[-1]),
         probabilities.reshape(-1, probabilities.shape[-1]),
-        split_pass(mesh, head.shape[0]),
+        one_pass=split_pass(mesh, head.shape[0]),
     )
     per_slot, correct = rows.loss.reshape(labels.shape), rows.tokens.reshape(labels.shape) == labels
     if is_soft:
