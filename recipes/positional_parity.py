@@ -64,7 +64,7 @@ class Recipe:
     general_prompts: int = 384
     """Prompts of the general drafter."""
     general_steps: int = 800
-    """Its steps."""
+    """Its steps; 0 leaves the general drafter out."""
     general_new_tokens: int = 128
     """Most tokens of a response, of its prompts and of the held-out ones."""
     held_out: int = 64
@@ -267,18 +267,20 @@ def train(recipe: Recipe, stages: Stages, target: Path) -> dict[str, Path]:
             "--steps", steps, "--sequences-per-step", 2, "--anchors-per-sequence", recipe.batch // 2,
             "--learning-rate", "5e-4", "--init-from", memorised, *resumed(out / name),
         )  # fmt: skip
-    stages.run(
-        "train-general", "train", *common, *shape, "--cache", cache(recipe, stages, target, "general"),
-        "--out", out / "general",
-        "--steps", recipe.general_steps, "--sequences-per-step", 8, "--anchors-per-sequence", recipe.batch // 8,
-        "--learning-rate", "1e-3", *resumed(out / "general"),
-    )  # fmt: skip
-    return {
+    drafters = {
         "memorised": memorised,
         "fine-tuned": out / "fine-tuned" / f"run-{recipe.fine_tune_steps}",
         "early": out / "early" / f"run-{recipe.early_steps}",
-        "general": out / "general" / f"run-{recipe.general_steps}",
     }
+    if recipe.general_steps:
+        stages.run(
+            "train-general", "train", *common, *shape, "--cache", cache(recipe, stages, target, "general"),
+            "--out", out / "general",
+            "--steps", recipe.general_steps, "--sequences-per-step", 8, "--anchors-per-sequence", recipe.batch // 8,
+            "--learning-rate", "1e-3", *resumed(out / "general"),
+        )  # fmt: skip
+        drafters["general"] = out / "general" / f"run-{recipe.general_steps}"
+    return drafters
 
 
 def measure(recipe: Recipe, stages: Stages, target: Path, drafters: dict[str, Path]) -> dict[str, Any]:
@@ -305,6 +307,7 @@ def measure(recipe: Recipe, stages: Stages, target: Path, drafters: dict[str, Pa
             ("fine-tuned", ("other", "base", "held-out")),
             ("general", ("held-out",)),
         )
+        if drafter in drafters
         for on in caches
     }
     checks["early on other"] = check("early-other", "early", "other")
@@ -314,16 +317,14 @@ def measure(recipe: Recipe, stages: Stages, target: Path, drafters: dict[str, Pa
             f"early-mixed-{offset}", "early", f"mixed-{offset}", "--anchors", f"every:{recipe.rollout // 8}"
         )
     parities = {
-        "general": parity("general", "general", "held-out", PARITY_OFFSETS),
         "memorised, its own contexts": parity("memorised-base", "memorised", "base", FAR),
         "memorised, other contexts": parity("memorised-other", "memorised", "other", FAR),
-        **{
-            f"general, {rope} angles": parity(
-                f"general-{rope.replace(':', '-')}", "general", "held-out", FAR, "--rope", rope
-            )
-            for rope in ("bfloat16", "table:8192")
-        },
     }
+    if "general" in drafters:
+        parities["general"] = parity("general", "general", "held-out", PARITY_OFFSETS)
+        for rope in ("bfloat16", "table:8192"):
+            name = f"general-{rope.replace(':', '-')}"
+            parities[f"general, {rope} angles"] = parity(name, "general", "held-out", FAR, "--rope", rope)
     return {"checks": checks, "parity": parities}
 
 
