@@ -1,7 +1,6 @@
 """The bytes that are said against those that XLA counts in the compiled step."""
 
 from pathlib import Path
-from typing import Any
 
 import equinox as eqx
 import jax
@@ -30,19 +29,20 @@ def by_xla(shape, config, *, width):
     state = eqx.filter_eval_shape(lambda: new_state(init_drafter(shape, key=jax.random.key(0)), config))
     count = config.sequences_per_step
 
-    def array(*sizes, dtype=jnp.int32) -> Any:
-        return jax.ShapeDtypeStruct(sizes, dtype)
+    def batch_of_zeros() -> StoredSequence:
+        ids, counts = jnp.zeros((count, width), jnp.int32), jnp.zeros(count, jnp.int32)
+        return StoredSequence(
+            features=jnp.zeros((count, width, shape.num_features), jnp.bfloat16),
+            token_ids=ids,
+            next_ids=ids,
+            length=counts,
+            prompt_len=counts,
+            limit=counts,
+            position_offset=counts,
+        )
 
-    end = array(shape.vocab_size, shape.hidden_size, dtype=jnp.float32)
-    batch = StoredSequence(
-        features=array(count, width, shape.num_features, dtype=jnp.bfloat16),
-        token_ids=array(count, width),
-        next_ids=array(count, width),
-        length=array(count),
-        prompt_len=array(count),
-        limit=array(count),
-        position_offset=array(count),
-    )
+    end = jax.ShapeDtypeStruct((shape.vocab_size, shape.hidden_size), jnp.float32)
+    batch = jax.eval_shape(batch_of_zeros)
     counted = make_step(config).lower(state, end, end, batch).compile().memory_analysis()
     assert counted is not None
     new = counted.output_size_in_bytes - counted.alias_size_in_bytes

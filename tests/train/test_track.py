@@ -15,7 +15,7 @@ from support import tiny_chain
 # what wandb and trackio have in common, each call as a line of a file
 SERVICE = """
 import json, pathlib
-def _say(name, *args, **given):
+def _say(name, /, *args, **given):
     with pathlib.Path({log!r}).open("a") as file:
         file.write(json.dumps([name, args, given]) + "\\n")
 def init(**given): _say("init", **given)
@@ -38,7 +38,7 @@ def test_the_note_that_is_watched():
         progress_note(row, seconds_left=3725.4) == "loss 3.412  acc 0.312 [.50 .25 1.00]  152 anchors/s  1:02:05 left"
     )
     many = row | {"accuracy_by_slot": [0.5] * 9}
-    assert "[.50 .50 .50 .50 .50 .50 .50 …]" in progress_note(many, seconds_left=0)
+    assert "[.50 .50 .50 .50 .50 .50 .50 …]" in progress_note(many, seconds_left=0.0)
 
 
 def test_a_package_that_is_missing_is_named(monkeypatch):

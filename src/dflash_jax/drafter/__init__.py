@@ -20,12 +20,14 @@ from dflash_jax.drafter.model import (
     ContextKV,
     Drafter,
     DrafterLayer,
+    Lookup,
     context_kv,
     draft_blocks,
     draft_hidden,
     draft_in_context,
     embed_slots,
     init_drafter,
+    take_rows,
 )
 
 __all__ = [
@@ -36,6 +38,7 @@ __all__ = [
     "Drafter",
     "DrafterConfig",
     "DrafterLayer",
+    "Lookup",
     "StoredSequence",
     "block_distributions",
     "block_labels",
@@ -52,4 +55,5 @@ __all__ = [
     "load_drafter",
     "read_drafter_config",
     "save_drafter",
+    "take_rows",
 ]

@@ -20,6 +20,7 @@ from dflash_jax.drafter.remat import rematerialised
 from dflash_jax.nn import Linear, RMSNorm, SwiGLU, apply_rope, block_attention, rope_cos_sin
 
 INITIALIZER_RANGE = 0.02
+Lookup = Callable[[Array, Array], Array]  # (table [vocab, hidden], ids) -> rows
 
 
 class ContextKV(eqx.Module):
@@ -210,16 +211,30 @@ def draft_hidden(
     return drafter.norm(x)
 
 
+def take_rows(table: Float[Array, "vocab hidden"], ids: Int32[Array, "*ids"]) -> Float[Array, "*ids hidden"]:
+    """Return the rows of a table that one device holds whole."""
+    return table[ids]
+
+
 def embed_slots(
     embed_tokens: Float[Array, "vocab hidden"],
     anchor_tokens: Int32[Array, "*anchors"],
     config: DrafterConfig,
     *,
     block_size: int,
+    lookup: Lookup = take_rows,
 ) -> Float[Array, "*anchors block hidden"]:
-    """Return block inputs: the anchor token's embedding in slot 0, the mask token's in slots 1 to B-1."""
+    """Return block inputs: the anchor token's embedding in slot 0, the mask token's in slots 1 to B-1.
+
+    Args:
+        embed_tokens: the target's embedding.
+        anchor_tokens: id of each block's first token.
+        config: of the drafter.
+        block_size: slots per block.
+        lookup: rows of the embedding by id; another one than `take_rows` where devices share the table.
+    """
     masks = jnp.full((*anchor_tokens.shape, block_size - 1), config.mask_token_id, jnp.int32)
-    return embed_tokens[jnp.concatenate([anchor_tokens[..., None], masks], axis=-1)]
+    return lookup(embed_tokens, jnp.concatenate([anchor_tokens[..., None], masks], axis=-1))
 
 
 def draft_in_context(
@@ -233,6 +248,7 @@ def draft_in_context(
     block_size: int,
     block_offset: Int32[Array, "*batch"],
     compute: Compute = AS_STORED,
+    lookup: Lookup = take_rows,
 ) -> Float[Array, "*batch anchor block hidden"]:
     """Return the drafter's output for blocks at many anchors of one sequence whose `context_kv` is there already.
 
@@ -246,6 +262,7 @@ def draft_in_context(
         block_size: slots computed per block.
         block_offset: absolute position of token 0, as the slots' positions count it.
         compute: how it is computed.
+        lookup: see `embed_slots`.
     """
     slot = jnp.arange(block_size, dtype=jnp.int32)
     firsts = block_offset[..., None] + anchors
@@ -253,7 +270,11 @@ def draft_in_context(
         drafter,
         context,
         embed_slots(
-            embed_tokens, jnp.take_along_axis(token_ids, anchors, axis=-1), drafter.config, block_size=block_size
+            embed_tokens,
+            jnp.take_along_axis(token_ids, anchors, axis=-1),
+            drafter.config,
+            block_size=block_size,
+            lookup=lookup,
         ),
         positions=firsts[..., None] + jnp.expand_dims(slot, tuple(range(anchors.ndim))),
         context_lengths=anchors,
@@ -273,6 +294,7 @@ def draft_blocks(
     block_size: int,
     position_offset: Int32[Array, "*batch"],
     compute: Compute = AS_STORED,
+    lookup: Lookup = take_rows,
 ) -> Float[Array, "*batch anchor block hidden"]:
     """Return the drafter's output for blocks at many anchors of one sequence: what training and the check both run.
 
@@ -287,6 +309,7 @@ def draft_blocks(
         block_size: slots computed per block.
         position_offset: absolute position of token 0.
         compute: how it is computed.
+        lookup: see `embed_slots`.
     """
     index = jnp.arange(features.shape[-2], dtype=jnp.int32)
     positions = position_offset[..., None] + jnp.expand_dims(index, tuple(range(position_offset.ndim)))
@@ -300,4 +323,5 @@ def draft_blocks(
         block_size=block_size,
         block_offset=position_offset,
         compute=compute,
+        lookup=lookup,
     )

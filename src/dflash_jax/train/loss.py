@@ -22,7 +22,7 @@ from dflash_jax.drafter import (
     eligible_anchors,
 )
 from dflash_jax.nn import LinearCrossEntropy, linear_soft_cross_entropy
-from dflash_jax.train.sharding import BLOCKS, pin, split_pass
+from dflash_jax.train.sharding import BLOCKS, pin, split_lookup, split_pass
 
 Loss = Literal["cross-entropy", "d-pace", "kl"]
 Denominator = Literal["weights", "labels"]
@@ -199,6 +199,7 @@ def block_loss(
         block_size=block_size,
         position_offset=sequences.position_offset,
         compute=compute,
+        lookup=split_lookup(mesh, embed_tokens.shape[0]),
     )
     hidden = pin(hidden, BLOCKS, mesh)[..., 1:, :]
     labels, labelled, probabilities = slots.labels, slots.labelled, slots.probabilities

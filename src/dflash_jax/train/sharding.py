@@ -11,6 +11,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int32
 
 from dflash_jax.core import InputError, MeshShape, mesh_shape, split_axes
+from dflash_jax.drafter import Lookup, take_rows
 from dflash_jax.nn import HeadPart, LinearCrossEntropy, OnlinePass, fold_head, online_pass
 
 Tree = TypeVar("Tree")
@@ -163,9 +164,35 @@ def split_pass(mesh: Mesh | None, vocab_size: int) -> OnlinePass:
             local,
             mesh=mesh,
             in_specs=(rows, PartitionSpec(axis), rows, rows),
-            out_specs=(LinearCrossEntropy(loss=rows, tokens=rows), rows),  # pyright: ignore[reportArgumentType]
+            out_specs=(rows, rows),  # of every leaf
             # every device along the axis ends with the same numbers, which the checker cannot see through the loop
             check_vma=False,
         )(hidden, head, ids, probabilities)
 
     return one_pass
+
+
+def split_lookup(mesh: Mesh | None, vocab_size: int) -> Lookup:
+    """Return `drafter.take_rows` for a table that is split over its rows: each device gives the rows it has.
+
+    Args:
+        mesh: the run's.
+        vocab_size: rows of the table; where the mesh cannot divide them, every device has all.
+    """
+    over = None if mesh is None else split_axes(("vocab",), (vocab_size,), mesh_shape(mesh))[0]
+    if mesh is None or over is None:
+        return take_rows
+    (axis,) = over
+
+    def local(table: Array, ids: Array) -> Array:
+        own = ids - lax.axis_index(axis).astype(jnp.int32) * jnp.int32(table.shape[0])
+        here = (own >= 0) & (own < table.shape[0])
+        rows = table[jnp.clip(own, 0, table.shape[0] - 1)]
+        return lax.psum(jnp.where(here[..., None], rows, 0), axis)
+
+    def lookup(table: Array, ids: Array) -> Array:
+        batch = PartitionSpec(*split_axes(("batch",), ids.shape[:1], mesh_shape(mesh)))
+        split = jax.shard_map(local, mesh=mesh, in_specs=(PartitionSpec(axis), batch), out_specs=batch, check_vma=False)
+        return split(table, ids)
+
+    return lookup
