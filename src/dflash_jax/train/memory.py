@@ -112,7 +112,9 @@ def step_bytes(
     """Return what a training step holds on a device.
 
     Held against XLA's own account (`memory_analysis` of the compiled step, on a CPU in float32) it is right to 15 %
-    (tests/train/test_memory.py). XLA for CPUs computes bfloat16 in float32 and needs more than is said here.
+    (tests/train/test_memory.py); with remat it is an upper bound (XLA then also shares the head's scratch with what is
+    made again: 34 MB where 55 are said, at one small shape). XLA for CPUs computes bfloat16 in float32 and needs more
+    than is said here.
 
     Args:
         drafter: the drafter's shapes.
