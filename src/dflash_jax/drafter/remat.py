@@ -4,11 +4,8 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
-
-def _is_float(leaf: Any) -> bool:
-    return jnp.issubdtype(jnp.result_type(leaf), jnp.floating)
+from dflash_jax.nn import as_another_value
 
 
 def rematerialised(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -16,7 +13,7 @@ def rematerialised(function: Callable[..., Any]) -> Callable[..., Any]:
 
     `jax.checkpoint` sets a barrier between the two passes, which XLA for CPUs drops before it merges equal
     computations: nothing is then made again, and everything kept (measured, jax 0.10: temporaries equal to the byte).
-    Here the inputs of the second pass are other values to XLA: zero times a number of the backward pass is added.
+    Here the inputs of the second pass are other values to XLA.
 
     It must not be mapped over by `jax.vmap`, which would make the parameters' gradients once per mapped element.
 
@@ -33,12 +30,7 @@ def rematerialised(function: Callable[..., Any]) -> Callable[..., Any]:
 
     def backward(arguments: Any, slope: Any) -> Any:
         parameters, inputs, *others = arguments
-        some = jax.tree_util.tree_leaves(slope)[0]
-        zero = jnp.float32(0) * some[(0,) * some.ndim].astype(jnp.float32)
-        inputs = jax.tree_util.tree_map(
-            lambda leaf: leaf + zero.astype(leaf.dtype) if _is_float(leaf) else leaf, inputs
-        )
-        return jax.vjp(function, parameters, inputs, *others)[1](slope)
+        return jax.vjp(function, parameters, as_another_value(inputs, slope), *others)[1](slope)
 
     run.defvjp(forward, backward)
     return run

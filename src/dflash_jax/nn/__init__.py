@@ -5,7 +5,7 @@ made. It imports `core` and, of libraries, only jax, equinox, numpy and jaxtypin
 """
 
 from dflash_jax.nn.attention import causal_attention, prefill_attention, write_first_rows, write_rows
-from dflash_jax.nn.blocks import anchors_per_chunk, block_attention
+from dflash_jax.nn.blocks import anchors_per_chunk, as_another_value, block_attention
 from dflash_jax.nn.head import (
     DIRECT_LOGITS,
     VOCAB_CHUNK,
@@ -46,6 +46,7 @@ __all__ = [
     "anchors_per_chunk",
     "apply_experts",
     "apply_rope",
+    "as_another_value",
     "best_tokens",
     "block_attention",
     "causal_attention",

@@ -164,6 +164,21 @@ def _attention_forward(blocks: _Blocks, context: _Context):  # noqa: ANN202  (a 
     return output.values, (blocks, context, output)
 
 
+def as_another_value(tree: Any, slope: Any) -> Any:
+    """Return arrays with zero times a number of the backward pass added: the same, and another value to XLA.
+
+    What the backward pass makes again of them is then not merged with what the forward pass made, and kept. XLA does
+    merge equal computations, over `jax.checkpoint`'s barrier too on a CPU. Arrays of integers are left alone.
+    """
+    some = jax.tree_util.tree_leaves(slope)[0]
+    zero = jnp.float32(0) * some[(0,) * some.ndim].astype(jnp.float32)
+
+    def other(leaf: Array) -> Array:
+        return leaf + zero.astype(leaf.dtype) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf
+
+    return jax.tree_util.tree_map(other, tree)
+
+
 def _attention_backward(kept: tuple[_Blocks, _Context, _Output], slope: Float[Array, "..."]):  # noqa: ANN202
     blocks, context, output = kept
 
@@ -173,6 +188,10 @@ def _attention_backward(kept: tuple[_Blocks, _Context, _Output], slope: Float[Ar
 
     zeros = _Context(*(jnp.zeros(part.shape, jnp.float32) for part in context))
     queries = blocks.q.shape[1] * blocks.q.shape[2]
+    if blocks.q.shape[0] <= anchors_per_chunk(
+        blocks.q.shape[0], block=queries, heads=1, context=context.k.shape[1]
+    ):  # no loop keeps the two passes' scores apart
+        blocks = blocks._replace(q=as_another_value(blocks.q, slope))
     shared, mine = _in_chunks(step, zeros, (blocks, output, slope), queries=queries, context=context.k.shape[1])
     shared = jax.tree_util.tree_map(lambda part, like: part.astype(like.dtype), shared, context)
     return _Blocks(*mine, context_lengths=None, block_lengths=None), shared  # pyright: ignore[reportArgumentType]

@@ -22,8 +22,9 @@ class StepBytes:
         batch: features, tokens and labels of the sequences.
         gradient: float32, and once more while it is clipped.
         activations: what the forward pass keeps for the backward pass.
-        head_scratch: logits of a chunk of the vocabulary, their exponentials, the chunk itself, rows of the head.
-        attention_scratch: scores of a chunk of blocks and their slopes.
+        head_scratch: logits of a chunk of the vocabulary, which turn into exponentials in place, the chunk itself,
+            rows of the head.
+        attention_scratch: scores of a chunk of blocks and their slopes; with remat also the layer that is made again.
     """
 
     weights: int
@@ -95,9 +96,7 @@ class _Rows:
 
 def _activations(rows: _Rows, drafter: DrafterConfig, *, itemsize: int, remat: bool) -> int:
     ends = rows.context * (drafter.num_features + 3 * rows.hidden) + 2 * rows.slots * rows.hidden
-    if remat:
-        return itemsize * (ends + drafter.num_layers * rows.kept_by_remat() + rows.layer())
-    return itemsize * (ends + drafter.num_layers * rows.layer())
+    return itemsize * (ends + drafter.num_layers * (rows.kept_by_remat() if remat else rows.layer()))
 
 
 def step_bytes(
@@ -112,9 +111,8 @@ def step_bytes(
     """Return what a training step holds on a device.
 
     Held against XLA's own account (`memory_analysis` of the compiled step, on a CPU in float32) it is right to 15 %
-    (tests/train/test_memory.py); with remat it is an upper bound (XLA then also shares the head's scratch with what is
-    made again: 34 MB where 55 are said, at one small shape). XLA for CPUs computes bfloat16 in float32 and needs more
-    than is said here.
+    (tests/train/test_memory.py), with remat and without. XLA for CPUs computes bfloat16 in float32 and needs more than
+    is said here.
 
     Args:
         drafter: the drafter's shapes.
@@ -149,7 +147,7 @@ def step_bytes(
         batch=sequences * width * (drafter.num_features * features_itemsize + 8),
         gradient=2 * _WIDE * weights,
         activations=_activations(rows, drafter, itemsize=itemsize, remat=config.remat),
-        head_scratch=_WIDE * drafted * (2 * chunk + 2 * rest + 3 * hidden)
+        head_scratch=_WIDE * drafted * (chunk + rest + 3 * hidden)
         + (chunk * hidden * itemsize if vocab > chunk else 0),
-        attention_scratch=_WIDE * 6 * scores,
+        attention_scratch=_WIDE * 5 * scores + (itemsize * rows.layer() if config.remat else 0),
     )
