@@ -1,7 +1,5 @@
 """Attention of blocks: against plain loops, in chunks and in one, forward and backward."""
 
-import math
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,6 +7,7 @@ import pytest
 
 from dflash_jax.nn import anchors_per_chunk, block_attention
 from oracles import attention as oracle
+from support.jaxprs import largest_array
 
 blocks = jax.jit(block_attention)
 
@@ -179,20 +178,6 @@ def test_chunks_are_equal_and_within_the_limit():
     assert anchors_per_chunk(67, block=8, heads=9, context=1024) == 23  # a prime: three chunks, filled up by two
     assert anchors_per_chunk(64, block=8, heads=9, context=64) == 64
     assert anchors_per_chunk(5, block=8, heads=64, context=10**6) == 1  # one block is the least
-
-
-def largest_array(jaxpr):
-    """Elements of the largest array that a jaxpr makes, inside loops and calls too."""
-    sizes = [math.prod(out.aval.shape) for equation in jaxpr.eqns for out in equation.outvars]
-    inner = [
-        largest_array(getattr(value, "jaxpr", value))
-        for equation in jaxpr.eqns
-        for value in jax.tree.leaves(
-            list(equation.params.values()), is_leaf=lambda v: hasattr(v, "jaxpr") or hasattr(v, "eqns")
-        )
-        if hasattr(value, "jaxpr") or hasattr(value, "eqns")
-    ]
-    return max(sizes + inner, default=0)
 
 
 def test_scores_and_masks_exist_for_a_chunk_of_blocks_alone():

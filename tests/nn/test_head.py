@@ -8,6 +8,7 @@ import pytest
 
 from dflash_jax.nn import LinearCrossEntropy, greedy_tokens, linear_cross_entropy, linear_soft_cross_entropy, top_tokens
 from dflash_jax.nn.head import DIRECT_LOGITS, VOCAB_CHUNK
+from support.jaxprs import largest_array
 
 # two whole chunks and a rest, whole chunks only, less than a chunk
 VOCABS = [2 * VOCAB_CHUNK + 317, 2 * VOCAB_CHUNK, 61]
@@ -183,20 +184,6 @@ def test_bfloat16_rows_give_a_float32_loss_and_a_bfloat16_gradient():
     assert got.dtype == jnp.bfloat16
     # bfloat16 probabilities and a bfloat16 result, 2^-9 each: measured 2.2e-3 of the largest
     np.testing.assert_allclose(np.asarray(got, np.float64), gradient, atol=6e-3 * np.abs(gradient).max())
-
-
-def largest_array(jaxpr):
-    """Elements of the largest array that a jaxpr makes, inside loops and calls too."""
-    sizes = [math.prod(out.aval.shape) for equation in jaxpr.eqns for out in equation.outvars]
-    inner = [
-        largest_array(getattr(value, "jaxpr", value))
-        for equation in jaxpr.eqns
-        for value in jax.tree.leaves(
-            list(equation.params.values()), is_leaf=lambda v: hasattr(v, "jaxpr") or hasattr(v, "eqns")
-        )
-        if hasattr(value, "jaxpr") or hasattr(value, "eqns")
-    ]
-    return max(sizes + inner, default=0)
 
 
 def test_nothing_of_rows_times_vocabulary_is_made():
