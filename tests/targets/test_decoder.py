@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from dflash_jax.targets import KVCache, extend, load_target, next_ids, prefill
+from support.jaxprs import float32_precisions
 
 LAYERS = (0, 1, 2, 3)
 LENGTH = 23
@@ -233,3 +234,17 @@ def test_room_for_just_the_tokens_and_no_features_unless_asked_for(target):
     output = eqx.filter_eval_shape(prefill, target, tokens, lengths=zeros, position_offset=zeros)
     assert output.kv.capacity == 5
     assert output.features.shape == (2, 5, 0)
+
+
+def test_no_product_is_left_to_an_accelerators_default(target):
+    """Which rounds float32 operands first; prefill, blocks and the head, of a dense and of a MoE target."""
+
+    def forward(tokens):
+        out = prefill(
+            target, tokens, lengths=jnp.array([5]), position_offset=jnp.array([0]), capture_layers=(1,), capacity=16
+        )
+        return next_ids(target, out.hidden), extend(target, out.kv, tokens[:, :2]).hidden
+
+    told = float32_precisions(jax.make_jaxpr(forward)(jnp.ones((1, 5), jnp.int32)).jaxpr)
+    assert len(told) > 7 * target.config.num_layers
+    assert set(told) == {(jax.lax.Precision.HIGHEST,) * 2}

@@ -12,6 +12,7 @@ from dflash_jax.drafter import Compute, StoredSequence, draft_blocks, drafter_sh
 from dflash_jax.train.loss import Objective, block_loss, dpace_weights, draw_anchors, slot_weights
 from oracles import loss as oracle
 from support import tiny
+from support.jaxprs import float32_precisions
 
 GAMMA = 2.5
 WIDTH = 16
@@ -289,3 +290,11 @@ def test_a_batch_without_an_anchor_has_no_loss_and_no_gradient():
     loss, statistics, gradient = all_anchors(stack(rows()[2:] * 3, width=WIDTH))
     assert (loss, int(statistics.num_labels), float(statistics.accuracy)) == (0.0, 0, 0.0)
     assert all((leaf == 0).all() for leaf in jax.tree_util.tree_leaves(gradient))
+
+
+def test_no_product_is_left_to_an_accelerators_default():
+    """Which rounds float32 operands first: a TPU to bfloat16, an NVIDIA GPU to TF32."""
+    traced = jax.make_jaxpr(lambda: run(loss_and_gradient, stack(rows(), width=WIDTH)))()
+    told = float32_precisions(traced.jaxpr)
+    assert len(told) > 20
+    assert set(told) == {(jax.lax.Precision.HIGHEST,) * 2}

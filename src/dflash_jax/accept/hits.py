@@ -5,6 +5,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int32
 
+from dflash_jax.nn import product
+
 ROWS_PER_BLOCK = 256
 MOST_LOGITS = 2**24
 """Logits that exist at a time at most: 64 MiB of float32, as `nn.greedy_tokens` allows itself."""
@@ -32,8 +34,8 @@ def _surely_wrong(
         return jnp.sqrt(jnp.square(rows.astype(jnp.float32)).sum(axis=-1))
 
     label_rows = head[labels]
-    own = jnp.einsum("rh,rh->r", hidden, label_rows, preferred_element_type=jnp.float32)
-    best = jnp.einsum("rh,vh->rv", hidden, rivals, preferred_element_type=jnp.float32).max(axis=-1)
+    own = product("rh,rh->r", hidden, label_rows, out=jnp.float32)
+    best = product("rh,vh->rv", hidden, rivals, out=jnp.float32).max(axis=-1)
     error = _product_unit(hidden.shape[-1]) * norm(hidden) * (norm(label_rows) + norm(rivals).max())
     # NaN compares as False: such a row is left to the whole head
     return best - own > 2 * error
@@ -46,7 +48,7 @@ def _is_argmax(
 
     Asked so, and not whether no column beats it: a row of NaN, where no column beats any, is no hit.
     """
-    logits = jnp.einsum("rh,vh->rv", hidden, head, preferred_element_type=jnp.float32)
+    logits = product("rh,vh->rv", hidden, head, out=jnp.float32)
     own = jnp.take_along_axis(logits, labels[:, None], axis=-1)
     higher = lax.broadcasted_iota(jnp.int32, logits.shape, 1) >= labels[:, None]
     return ((logits < own) | ((logits == own) & higher)).all(axis=-1)

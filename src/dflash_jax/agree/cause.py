@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, Int32
 from dflash_jax.agree.blocks import Kind, Parting
 from dflash_jax.cache import Sequence
 from dflash_jax.drafter import Drafter, draft_blocks
+from dflash_jax.nn import product
 from dflash_jax.targets import Target, prefill
 
 CauseName = Literal["label", "features", "drafter", "numerics"]
@@ -86,7 +87,7 @@ def _draft_logits(
         block_size=block_size,
         position_offset=place[2],
     )
-    return jnp.einsum("bh,vh->bv", hidden[0, 1:], target.head, preferred_element_type=jnp.float32)
+    return product("bh,vh->bv", hidden[0, 1:], target.head, out=jnp.float32)
 
 
 def _margin(logits: Float[np.ndarray, " vocab"], first: int, second: int) -> tuple[float, float]:

@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, Int32
 
 from dflash_jax.cache.build import BuildPlan
 from dflash_jax.core import InputError
+from dflash_jax.nn import product
 from dflash_jax.targets import Target, TargetOutput, next_ids, prefill
 from dflash_jax.text import Prompt, Tokenizer
 
@@ -176,7 +177,7 @@ def _batch(_: BuildPlan, probe: _Probe) -> dict[str, Any]:
 def _head(_: BuildPlan, probe: _Probe) -> dict[str, Any]:
     target = probe.target
     hidden = probe.output.hidden[:-1, 0]  # few rows: all their logits exist at once
-    logits = np.asarray(jnp.einsum("rh,vh->rv", hidden, target.head, preferred_element_type=jnp.float32))
+    logits = np.asarray(product("rh,vh->rv", hidden, target.head, out=jnp.float32))
     chosen = np.take_along_axis(logits, np.asarray(next_ids(target, hidden[:, None])), axis=-1)[:, 0]
     tied = target.lm_head is None
     return {

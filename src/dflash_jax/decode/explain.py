@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Int32
 from dflash_jax.decode.engine import Decoded, pad_prompts
 from dflash_jax.decode.loop import decode_capacity
 from dflash_jax.decode.sampler import Sampler, Sampling, token_keys
-from dflash_jax.nn import noisy_scores
+from dflash_jax.nn import noisy_scores, product
 from dflash_jax.targets import Target, extend, prefill
 
 POSITIONS_PER_CHUNK = 16
@@ -94,7 +94,7 @@ def _largest_differences(
     """The largest difference of any token's logit, row by row."""
 
     def one(pair):  # noqa: ANN001, ANN202
-        logits = jnp.einsum("sh,vh->sv", jnp.stack(pair), head, preferred_element_type=jnp.float32)
+        logits = product("sh,vh->sv", jnp.stack(pair), head, out=jnp.float32)
         return jnp.abs(logits[0] - logits[1]).max()
 
     return lax.map(one, (ours, theirs), batch_size=POSITIONS_PER_CHUNK)
@@ -108,7 +108,7 @@ def _scores(
     index: Int32[Array, "batch query"],
 ) -> Float[Array, "row vocab"]:
     """What the choice at one index is made of, for hidden states of either way."""
-    logits = jnp.einsum("rh,vh->rv", hidden, head, preferred_element_type=jnp.float32)
+    logits = product("rh,vh->rv", hidden, head, out=jnp.float32)
     if sampler is None:
         return logits
     rows = logits.shape[0]

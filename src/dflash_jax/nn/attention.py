@@ -10,6 +10,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int32
 
+from dflash_jax.nn.product import product
+
 QUERIES_PER_CHUNK = 256  # bounds the score matrix of a long prefill to batch * heads * 256 * capacity
 # A prefill is cut into at most so many spans, each of which meets only the keys up to its end: a quarter of what the
 # causal mask leaves empty is still computed. More spans save little and take longer to compile.
@@ -71,16 +73,16 @@ def _attend_chunk(
     grouped = q.reshape(batch, query, kv_heads, group, head_dim).transpose(0, 2, 3, 1, 4)
     if query == 1:
         # keys first: XLA's CPU product of a few rows with many is several times slower the other way round
-        scores = jnp.einsum("bktd,bkgqd->bktgq", k, grouped, preferred_element_type=jnp.float32)
+        scores = product("bktd,bkgqd->bktgq", k, grouped, out=jnp.float32)
         scores = scores.transpose(0, 1, 3, 4, 2) * head_dim**-0.5
     else:
-        scores = jnp.einsum("bkgqd,bktd->bkgqt", grouped, k, preferred_element_type=jnp.float32) * head_dim**-0.5
+        scores = product("bkgqd,bktd->bkgqt", grouped, k, out=jnp.float32) * head_dim**-0.5
     if sinks is not None:
         sinks = sinks.astype(jnp.float32).reshape(1, kv_heads, group, 1)
     if sinks is not None:
         sinks = jnp.broadcast_to(sinks, scores.shape[:-1])
     weights, total = _softmax_parts(scores, jnp.broadcast_to(visible[:, None, None], scores.shape), sinks)
-    out = jnp.einsum("bkgqt,bktd->bkgqd", weights.astype(v.dtype), v, preferred_element_type=jnp.float32) / total
+    out = product("bkgqt,bktd->bkgqd", weights.astype(v.dtype), v, out=jnp.float32) / total
     return out.transpose(0, 3, 1, 2, 4).reshape(q.shape).astype(q.dtype)
 
 

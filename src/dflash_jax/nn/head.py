@@ -11,6 +11,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int32
 
+from dflash_jax.nn.product import product
+
 VOCAB_CHUNK = 8192
 # Up to this many logits (64 MiB of float32) the head is one product: a scan would copy the head's chunks once more,
 # which costs more than it saves when a few rows of a decoding step meet the head.
@@ -36,7 +38,7 @@ def _fold_chunks(step, carry, head):  # noqa: ANN001, ANN202  (carry is any pytr
 
 
 def _logits(hidden: Float[Array, "row hidden"], weights: Float[Array, "vocab hidden"]) -> Float[Array, "row vocab"]:
-    return jnp.einsum("rh,vh->rv", hidden, weights, preferred_element_type=jnp.float32)
+    return product("rh,vh->rv", hidden, weights, out=jnp.float32)
 
 
 def _best_columns(logits: Float[Array, "row chunk"]) -> tuple[Float[Array, " row"], Int32[Array, " row"]]:
@@ -138,7 +140,7 @@ def _expected_labels(
         logit, row = carry
         label_ids, weights = label
         label_rows = head[label_ids]
-        label_logits = jnp.einsum("rh,rh->r", hidden, label_rows, preferred_element_type=jnp.float32)
+        label_logits = product("rh,rh->r", hidden, label_rows, out=jnp.float32)
         return (logit + weights * label_logits, row + weights[:, None] * label_rows.astype(jnp.float32)), None
 
     zeros = jnp.zeros(hidden.shape[:1], jnp.float32), jnp.zeros(hidden.shape, jnp.float32)
@@ -189,8 +191,8 @@ def fold_head(
         new_best = _fold_best(best, logits, first)
         shrink = jnp.exp(best[0] - new_best[0])
         exponentials = jnp.exp(logits - new_best[0][:, None])
-        expected = expected * shrink[:, None] + jnp.einsum(
-            "rv,vh->rh", exponentials.astype(weights.dtype), weights, preferred_element_type=jnp.float32
+        expected = expected * shrink[:, None] + product(
+            "rv,vh->rh", exponentials.astype(weights.dtype), weights, out=jnp.float32
         )
         return new_best, total * shrink + exponentials.sum(axis=-1), expected
 

@@ -6,6 +6,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
+from dflash_jax.nn.product import product
+
 
 @jax.custom_vjp
 def _narrow_product(
@@ -16,7 +18,7 @@ def _narrow_product(
     A cast before the product would have that gradient in `x`'s dtype: rounded, and over devices summed so. It must not
     be mapped over sequences (`jax.vmap`), which would make one such gradient per sequence.
     """
-    return jnp.einsum("...i,oi->...o", x, weight.astype(x.dtype))
+    return product("...i,oi->...o", x, weight.astype(x.dtype))
 
 
 def _narrow_forward(x: Float[Array, "..."], weight: Float[Array, "..."]):  # noqa: ANN202  (a custom_vjp's pair)
@@ -26,8 +28,10 @@ def _narrow_forward(x: Float[Array, "..."], weight: Float[Array, "..."]):  # noq
 def _narrow_backward(kept: tuple[Float[Array, "..."], Float[Array, "..."]], slope: Float[Array, "..."]):  # noqa: ANN202
     x, weight = kept
     rows = tuple(range(x.ndim - 1))
-    wide = lax.dot_general(slope, x, ((rows, rows), ((), ())), preferred_element_type=weight.dtype)
-    return jnp.einsum("...o,oi->...i", slope, weight.astype(x.dtype)), wide
+    wide = lax.dot_general(
+        slope, x, ((rows, rows), ((), ())), precision=lax.Precision.HIGHEST, preferred_element_type=weight.dtype
+    )
+    return product("...o,oi->...i", slope, weight.astype(x.dtype)), wide
 
 
 _narrow_product.defvjp(_narrow_forward, _narrow_backward)
@@ -46,7 +50,7 @@ class Linear(eqx.Module):
     def __call__(self, x: Float[Array, "*rows in_features"]) -> Float[Array, "*rows out_features"]:
         """Return the projection in `x`'s dtype."""
         if self.weight.dtype == x.dtype:
-            y = jnp.einsum("...i,oi->...o", x, self.weight)
+            y = product("...i,oi->...o", x, self.weight)
         else:
             y = _narrow_product(x, self.weight)
         if self.bias is None:

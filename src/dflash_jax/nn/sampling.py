@@ -9,6 +9,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int32, Key, UInt32
 
+from dflash_jax.nn.product import product
+
 _FLOAT_BITS = 32
 
 
@@ -133,6 +135,6 @@ def sample_tokens(
         top_k: see `filter_scores`.
         top_p: see `filter_scores`.
     """
-    logits = jnp.einsum("rh,vh->rv", hidden, head, preferred_element_type=jnp.float32)
+    logits = product("rh,vh->rv", hidden, head, out=jnp.float32)
     scores = noisy_scores(logits, keys, temperature=temperature, top_k=top_k, top_p=top_p)
     return jnp.argmax(scores, axis=-1).astype(jnp.int32)

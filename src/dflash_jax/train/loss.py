@@ -81,12 +81,15 @@ def draw_anchors(
 ) -> tuple[Int32[Array, " anchor"], Bool[Array, " anchor"]]:
     """Draw anchors uniformly without replacement; where fewer than `count` are eligible, the rest are marked invalid.
 
+    They come in text order, those that are invalid last: blocks side by side then see contexts of about one length.
+
     **Source:** SpecForge@a6b6b02 `OnlineDFlashModel` draws the same way; it differs in that its rule asks for two
     response tokens in a row, which an eligible anchor has by definition.
     """
     score = jnp.where(eligible, jax.random.uniform(key, eligible.shape), -1.0)
     top, anchors = lax.top_k(score, count)
-    return anchors.astype(jnp.int32), top >= 0
+    order = jnp.lexsort((anchors, top < 0))
+    return anchors[order].astype(jnp.int32), top[order] >= 0
 
 
 def slot_weights(block_size: int, gamma: float) -> Float[Array, " drafted"]:
