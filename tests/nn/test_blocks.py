@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from dflash_jax.nn import anchors_per_chunk, block_attention
+from dflash_jax.nn import blocks as blocks_module
 from oracles import attention as oracle
 from support.jaxprs import largest_array
 
@@ -187,3 +188,32 @@ def test_scores_and_masks_exist_for_a_chunk_of_blocks_alone():
     arguments = [jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in zip(shapes, dtypes, strict=True)]
     slope = jax.grad(lambda *a: block_attention(*a).sum(), argnums=(0, 1, 2, 4, 5))
     assert largest_array(jax.make_jaxpr(slope)(*arguments).jaxpr) <= 2**21
+
+
+@pytest.mark.parametrize("group", [64, 3, 1])
+@pytest.mark.parametrize("context", [20, 21])
+def test_attention_by_the_library_is_ours_forward_and_backward(group, context, monkeypatch):
+    """What an NVIDIA GPU runs, by the implementation that every device has; some blocks see nothing."""
+    monkeypatch.setattr(blocks_module, "BLOCKS_PER_GROUP", group)
+    draw = np.random.default_rng(0)
+    q = jnp.asarray(normal(1, 2, 7, 4, 6, 8))
+    context_k, context_v = (jnp.asarray(normal(seed, 2, 2, context, 8)) for seed in (2, 3))
+    own_k, own_v = (jnp.asarray(normal(seed, 2, 7, 4, 2, 8)) for seed in (4, 5))
+    contexts = jnp.asarray(draw.integers(0, context + 1, (2, 7)), jnp.int32).at[0, 0].set(0)
+    lengths = jnp.asarray(draw.integers(0, 5, (2, 7)), jnp.int32).at[0, 0].set(0)
+    weights = normal(6, *q.shape)
+
+    def ours(q, context_k, context_v, own_k, own_v):
+        return block_attention(q, context_k, context_v, contexts, own_k, own_v, lengths)
+
+    def library(q, context_k, context_v, own_k, own_v):
+        own, shared = (own_k, own_v), (context_k, context_v)
+        return blocks_module._by_library(q, shared, contexts, own, lengths, implementation="xla")
+
+    def run(way):
+        both = jax.value_and_grad(lambda *some: (out := way(*some), (out * weights).sum())[::-1], has_aux=True,
+                                  argnums=(0, 1, 2, 3, 4))  # fmt: skip
+        return jax.tree.map(np.asarray, jax.jit(both)(q, context_k, context_v, own_k, own_v))
+
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), run(library), run(ours))
+    assert not run(library)[0][1][0, 0].any()

@@ -1,3 +1,5 @@
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -58,7 +60,9 @@ def test_grouped_products_give_the_same(num_rows, num_experts, top_k, skew):
     owners[-3:] = num_experts  # nobody's
     tokens = np.argsort(chosen.reshape(-1), kind="stable") // top_k
     args = make(arrays), jnp.asarray(x), jnp.asarray(tokens, jnp.int32), jnp.asarray(owners, jnp.int32)
-    blocks, grouped = (np.asarray(jax.jit(way)(*args)) for way in (moe._by_blocks, moe._by_ragged_dot))
+    blocks, grouped = (
+        np.asarray(jax.jit(way)(*args)) for way in (moe._by_blocks, partial(moe._by_groups, moe._ragged_dot))
+    )
     np.testing.assert_allclose(blocks, grouped, atol=2e-5)
     assert not blocks[-3:].any()
     assert not grouped[-3:].any()
@@ -173,3 +177,13 @@ def test_the_router_takes_the_best_and_shares_among_them():
 )
 def test_a_block_is_an_experts_fair_share(pairs, experts, block):
     assert moe.rows_per_block(pairs, experts) == block
+
+
+def test_tiles_of_the_hopper_kernel_fit_the_matrices():
+    for columns in (64, 128, 192, 2880, 5760, 4096):
+        for pairs in (64, 65536):
+            tiles = moe.hopper_tiles(pairs, columns)
+            assert columns % (tiles["block_n"] * tiles["grid_block_n"]) == 0
+    assert moe.hopper_tiles(65536, 5760) == {
+        "block_m": 128, "block_n": 192, "block_k": 64, "max_concurrent_steps": 4, "grid_block_n": 3,
+    }  # fmt: skip

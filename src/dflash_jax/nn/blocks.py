@@ -5,12 +5,14 @@ its output and each query's logsumexp, as flash attention does (arXiv 2205.14135
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int32
+
+from dflash_jax.nn.product import product
 
 # Scores over the context that one sequence has at once, float32: 8 MiB, which a CPU's caches still soften. An
 # accelerator, where launching a chunk costs as much as computing a small one, has 256 MiB of them.
@@ -63,7 +65,7 @@ def _heads_first(tree: Any) -> Any:
 
 
 def _product(terms: str, *operands: Float[Array, "..."]) -> Float[Array, "..."]:
-    return jnp.einsum(terms, *operands, preferred_element_type=jnp.float32)
+    return product(terms, *operands, out=jnp.float32)
 
 
 def _masked(scores: Float[Array, "kv_heads anchor query key"], lengths: Int32[Array, " anchor"]) -> Array:
@@ -200,6 +202,82 @@ def _attention_backward(kept: tuple[_Blocks, _Context, _Output], slope: Float[Ar
 _attention.defvjp(_attention_forward, _attention_backward)
 
 
+# Blocks that share a copy of the context where cuDNN does it: their own slots are keys of each other there, masked, and
+# those are the keys in vain (256 of 3,328 at a context of 3,072 and blocks of 8).
+BLOCKS_PER_GROUP = 32
+FEWEST_BLOCKS = 8
+
+
+def _has_flash(q: Float[Array, "*batch anchor block heads head_dim"]) -> bool:
+    """Whether cuDNN's fused attention serves: an NVIDIA GPU, 16-bit activations, a head size and length it takes.
+
+    A few blocks, as in decoding, would pay for keys that are copied to stand beside the context.
+    """
+    anchors, block, _, head_dim = q.shape[-4:]
+    return (
+        jax.default_backend() == "gpu"
+        and q.dtype.itemsize == 2
+        and q.ndim <= 5
+        and anchors >= FEWEST_BLOCKS
+        and head_dim <= 128
+        and head_dim % 8 == 0
+        and (min(anchors, BLOCKS_PER_GROUP) * block) % 2 == 0
+    )
+
+
+def _by_library(
+    q: Float[Array, "batch anchor block heads head_dim"],
+    context: tuple[Float[Array, "batch kv_heads context head_dim"], Float[Array, "batch kv_heads context head_dim"]],
+    context_lengths: Int32[Array, "batch anchor"],
+    own: tuple[
+        Float[Array, "batch anchor block kv_heads head_dim"], Float[Array, "batch anchor block kv_heads head_dim"]
+    ],
+    block_lengths: Int32[Array, "batch anchor"],
+    *,
+    implementation: Literal["xla", "cudnn"],
+) -> Float[Array, "batch anchor block heads head_dim"]:
+    """`block_attention` by jax's own: groups of blocks, whose keys are their own slots, then a copy of the context.
+
+    Masks are [groups, blocks of a group * block, keys]. Keys past the longest context of a group are left out by
+    length, which serves where anchors come in order. The context's gradient is summed over the groups in float32.
+    """
+    batch, anchors, block, heads, head_dim = q.shape
+    size = min(anchors, BLOCKS_PER_GROUP)
+    groups = -(-anchors // size)
+    queries, narrow = size * block, q.dtype
+
+    def cut(part: Array) -> Array:
+        filled = jnp.pad(part, ((0, 0), (0, size * groups - anchors), *[(0, 0)] * (part.ndim - 2)))
+        return filled.reshape(batch * groups, size, *part.shape[2:])
+
+    def keys_of(own: Array, context: Array) -> Array:
+        """Own slots of a group, then the context, made even in number."""
+        rows = context.shape[2] + context.shape[2] % 2
+        shared = jnp.pad(context.swapaxes(1, 2), ((0, 0), (0, rows - context.shape[2]), (0, 0), (0, 0)))
+        # float32 where the groups share it: that is the dtype its gradient is summed in
+        shared = jnp.broadcast_to(shared.astype(jnp.float32)[:, None], (batch, groups, *shared.shape[1:]))
+        shared = shared.reshape(batch * groups, *shared.shape[2:]).astype(narrow)
+        return jnp.concatenate([cut(own).reshape(batch * groups, queries, -1, head_dim), shared], axis=1)
+
+    keys, values = (keys_of(mine, all_) for mine, all_ in zip(own, context, strict=True))
+    contexts, lengths = cut(context_lengths), cut(block_lengths)
+    block_of, slot = jnp.divmod(jnp.arange(queries, dtype=jnp.int32), jnp.int32(block))
+    key = jnp.arange(keys.shape[1] - queries, dtype=jnp.int32)
+    near = (block_of[:, None] == block_of[None])[None] & (slot[None, None] < lengths[:, block_of][:, :, None])
+    far = key[None, None] < contexts[:, block_of][:, :, None]
+    out = jax.nn.dot_product_attention(
+        cut(q).reshape(batch * groups, queries, heads, head_dim),
+        keys,
+        values,
+        mask=jnp.concatenate([near, far], axis=-1)[:, None],
+        key_value_seq_lengths=queries + contexts.max(axis=1),
+        implementation=implementation,
+    )
+    seen = (lengths[:, block_of] > 0) | (contexts[:, block_of] > 0)
+    out = jnp.where(seen[:, :, None, None], out, 0)
+    return out.reshape(batch, groups * size, block, heads, head_dim)[:, :anchors]
+
+
 def block_attention(
     q: Float[Array, "*batch anchor block heads head_dim"],
     context_k: Float[Array, "*batch kv_heads context head_dim"],
@@ -221,6 +299,9 @@ def block_attention(
     `anchors_per_chunk` blocks of a sequence at a time, backward too. Scores, softmax and sums are float32; products are
     of `q`'s dtype. Where nothing is seen the result is zero.
 
+    On an NVIDIA GPU with 16-bit activations, cuDNN's fused attention does it: no score is ever stored, groups of
+    `BLOCKS_PER_GROUP` blocks have a copy of the context each, and the backward pass adds in no fixed order.
+
     Args:
         q: queries of each block's slots, after q_norm and RoPE.
         context_k: keys of the context rows, shared by all blocks, after k_norm and RoPE.
@@ -233,6 +314,11 @@ def block_attention(
     **Source:** DFlash paper (arXiv 2602.06036) section 3 and z-lab/dflash@44947fb:dflash/model.py, one block at a time
     there.
     """
+    if _has_flash(q):
+        whole = (q, context_k, context_v, context_lengths, block_k, block_v, block_lengths)
+        many = whole if q.ndim == 5 else tuple(part[None] for part in whole)
+        q_, k, v, contexts, own_k, own_v, lengths = many
+        return _by_library(q_, (k, v), contexts, (own_k, own_v), lengths, implementation="cudnn").reshape(q.shape)
     *batch, anchors, block, heads, head_dim = q.shape
     kv_heads = context_k.shape[-3]
 
