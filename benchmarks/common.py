@@ -12,7 +12,8 @@ import resource
 import statistics
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib import metadata
 from typing import Any, Literal
@@ -72,6 +73,12 @@ class Ratio:
     rounds: int
 
 
+def warm_up(work: Iterable[Work], *, threads: int = 1) -> None:
+    """Run every contestant once; with several threads side by side, so that what they compile is compiled so too."""
+    with ThreadPoolExecutor(threads) as pool:
+        list(pool.map(lambda run: jax.block_until_ready(run()), work))
+
+
 def time_interleaved(work: Mapping[str, Work], *, rounds: int, warmups: int = 1) -> dict[str, Times]:
     """Run every contestant once per round and return the times of each.
 
@@ -83,8 +90,7 @@ def time_interleaved(work: Mapping[str, Work], *, rounds: int, warmups: int = 1)
         warmups: rounds before them that are not timed: compiling, page faults, thread pools.
     """
     for _ in range(warmups):
-        for run in work.values():
-            jax.block_until_ready(run())
+        warm_up(work.values())
     wall: dict[str, list[float]] = {name: [] for name in work}
     cpu: dict[str, list[float]] = {name: [] for name in work}
     for number in range(rounds):

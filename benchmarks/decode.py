@@ -33,6 +33,7 @@ from common import (
     paired_ratio,
     peak_memory_bytes,
     time_interleaved,
+    warm_up,
     write_result,
 )
 from decode_others import Generate, Zlab, load_hf_target, use_torch
@@ -55,6 +56,7 @@ TINY_DRAFTER = {
 }  # fmt: skip
 DRAFTERS = {"gpt-oss-20b": GPT_OSS_DRAFTER, "gpt-oss-tiny": GPT_OSS_DRAFTER | TINY_DRAFTER}
 WIDTH = 64
+COMPILE_THREADS = 8
 
 
 def read_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -263,13 +265,26 @@ def beside(
     return found
 
 
-def measure(runs: Runs, prompts: list[list[int]], options: argparse.Namespace, others: Others | None, size: int,
-            ceiling: tuple[Work, float]) -> dict[str, Any]:  # fmt: skip
-    """One batch size's entry."""
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Size:
+    """One batch size: what is run, and every contestant."""
+
+    runs: Runs
+    accepts: list[int]
+    work: dict[str, Work]
+
+
+def prepare(runs: Runs, prompts: list[list[int]], options: argparse.Namespace, others: Others | None, size: int,
+            ceiling: Work) -> Size:  # fmt: skip
+    """The contestants of one batch size."""
     accepts = options.accept or sorted({0, (runs.block_size - 1) // 2, runs.block_size - 1})
-    work = contestants(runs, prompts, accepts, others, size, ceiling[0])
-    _ = runs.texts  # the oracle's, before anything is timed
-    times = time_interleaved(work, rounds=options.rounds)
+    return Size(runs=runs, accepts=accepts, work=contestants(runs, prompts, accepts, others, size, ceiling))
+
+
+def measure(prepared: Size, options: argparse.Namespace, size: int, ceiling_flops: float) -> dict[str, Any]:
+    """One batch size's entry; everything has been run once before, the oracle's texts among it."""
+    runs, accepts, work = prepared.runs, prepared.accepts, prepared.work
+    times = time_interleaved(work, rounds=options.rounds, warmups=0)
     plain_states, states = runs.plain(), runs.speculative()
     ours = new_tokens_of(plain_states, runs.batches)
     plain = less(times["plain"], times["plain_prefill"])
@@ -298,7 +313,7 @@ def measure(runs: Runs, prompts: list[list[int]], options: argparse.Namespace, o
             }
             for accept in accepts
         ],
-        "ceiling_flops_per_s": ceiling[1] / times["ceiling"].median(),
+        "ceiling_flops_per_s": ceiling_flops / times["ceiling"].median(),
         **beside(work, times, plain, ours, target_bytes * passes),
     }
 
@@ -310,8 +325,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     prompts, others = load_prompts(options, target), load_others(options)
     block_size = drafter.config.block_size
     width = -(-max(map(len, prompts)) // WIDTH) * WIDTH
-    ceiling = matmul_work(size=options.ceiling_size, dtype=options.dtype)
-    by_batch = {}
+    ceiling, ceiling_flops = matmul_work(size=options.ceiling_size, dtype=options.dtype)
+    sizes: dict[int, Size] = {}
     for size in options.batch_sizes:
         # with random weights one batch of prompts is as good as several
         used = prompts if options.shapes is None else prompts[:size]
@@ -322,7 +337,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         runs = Runs(
             target, drafter, batches, new_tokens=options.new_tokens, block_size=block_size, passes=options.passes
         )
-        by_batch[str(size)] = measure(runs, used, options, others, size, ceiling)
+        sizes[size] = prepare(runs, used, options, others, size, ceiling)
+    # an accelerator's programs take minutes to compile in turn; a CPU that compiles has nothing left
+    threads = 1 if jax.default_backend() == "cpu" else COMPILE_THREADS
+    warm_up((run for size in sizes.values() for run in size.work.values()), threads=threads)
+    by_batch = {str(size): measure(prepared, options, size, ceiling_flops) for size, prepared in sizes.items()}
     write_result(
         {
             "benchmark": "decode",

@@ -17,6 +17,7 @@ import math
 import sys
 import tempfile
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -109,14 +110,19 @@ def random_target(raw: dict[str, Any], dtype: str, mesh_text: str) -> Target:
     shapes = targets.tensor_shapes(config)
     number = {name: index for index, name in enumerate(shapes)}
 
-    def take(name: str) -> jax.Array:
-        shape, sharding = shapes[name], targets.weight_sharding(config, axes[name], mesh)
-        scale = 1.0 if "norm" in name else shape[-1] ** -0.5
-
+    # compiled once per shape, not once per tensor
+    @lru_cache
+    def maker(shape: tuple[int, ...], is_norm: bool, sharding: Any) -> Any:
         def make(key: jax.Array) -> jax.Array:
-            return jnp.ones(shape, kind) if "norm" in name else jax.random.normal(key, shape, kind) * kind.type(scale)
+            return (
+                jnp.ones(shape, kind) if is_norm else jax.random.normal(key, shape, kind) * kind.type(shape[-1] ** -0.5)
+            )
 
-        return jax.jit(make, out_shardings=sharding)(jax.random.key(number[name]))
+        return jax.jit(make, out_shardings=sharding)
+
+    def take(name: str) -> jax.Array:
+        sharding = targets.weight_sharding(config, axes[name], mesh)
+        return maker(shapes[name], "norm" in name, sharding)(jax.random.key(number[name]))
 
     return targets.assemble(config, take, mesh=mesh)
 
