@@ -351,8 +351,9 @@ def table(results: dict[str, Any]) -> str:
             continue
         check, trained = run["check"], run["train"]
         low, high = check["replay"]["tau_ci95"]
+        tau = f"{check['replay']['tau_micro']:.3f} [{low:.3f}, {high:.3f}]"
         lines.append(
-            f"| {name} | {settings} | {check['replay']['tau_micro']:.3f} [{low:.3f}, {high:.3f}] | {_difference(check)} "
+            f"| {name} | {settings} | {tau} | {_difference(check)} "
             f"| {check['accept_len_mean']:.3f} | {check['token_acc_mean']:.3f} | {trained['best']['step']} "
             f"| {trained['seconds']:.0f} |"
         )
@@ -361,8 +362,8 @@ def table(results: dict[str, Any]) -> str:
         lines += [
             "",
             f"decode: {decoded['num_prompts']} prompts, tau {decoded['tau_micro']:.3f}, {decoded['tokens_per_s']:.1f} "
-            f"tokens/s, {decoded['plain_tokens_per_s']:.1f} plain: {decoded['speedup']:.2f} times; tokens equal: "
-            f"{decoded['tokens_equal']}",
+            f"tokens/s, {decoded['plain_tokens_per_s']:.1f} plain: {decoded['speedup']:.2f} times "
+            f"{decoded['speedup_ci95']}; tokens equal: {decoded['tokens_equal']}",
         ]
     return "\n".join(lines)
 

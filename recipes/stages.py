@@ -106,9 +106,12 @@ class Stages:
 
         log = self.out / "logs" / f"{name}.log"
         log.parent.mkdir(parents=True, exist_ok=True)
-        with log.open("w", encoding="utf-8") as file:
-            with contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
-                code = main(words)
+        with (
+            log.open("w", encoding="utf-8") as file,
+            contextlib.redirect_stdout(file),
+            contextlib.redirect_stderr(file),
+        ):
+            code = main(words)
         if code != 0:
             sys.stderr.write("".join(f"    {line}\n" for line in log.read_text(encoding="utf-8").splitlines()[-5:]))
         return code
