@@ -1,4 +1,4 @@
-"""The best drafter for SmolLM2-135M-Instruct that two cores can make in 2.5 hours, and what each ingredient is worth.
+r"""The best drafter for SmolLM2-135M-Instruct that two cores can make in 2.5 hours, and what each ingredient is worth.
 
     python recipes/smollm2.py --out OUT                                  the drafter: 2.3 h on two quiet cores
     python recipes/smollm2.py --out OUT --without all                    then a run without each ingredient
@@ -7,14 +7,18 @@
 Prompts to responses to caches to a drafter, checked and decoded on the held-out prompts of HumanEval, none of which is
 trained on or chosen by. Every stage is a `dflash-jax` command, printed as it is run and skipped where its record
 exists: a killed run goes on. Runs share what they have in common (responses, caches). `OUT/results.json` is written
-after every run, and the tables at the end. On an accelerator: `--in-process --dtype bfloat16 --response-batch 512`.
+after every run, the table at the end. On an accelerator, where starting and compiling take most of the time:
+
+    python recipes/smollm2.py --out OUT --without all --in-process --dtype bfloat16 --response-batch 800 \
+        --tokens-per-batch 32768 --until-s 400
+
 Why these settings: docs/design/015-smollm2-recipe.md; what came out: docs/log.md.
 """
 
 import json
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -26,6 +30,18 @@ from dflash_jax.text import Prompt, load_prompts
 from stages import StageError, Stages
 
 HELD_OUT = "humaneval"
+
+# What two idle cores do (docs/log.md), and SmolLM2's sizes: the budget is counted from these.
+RESPONSE_TOKENS_PER_S = 140
+CACHE_TOKENS_PER_S = 350
+GFLOP_PER_S = 125
+PROMPT_TOKENS, HELD_OUT_PROMPT_TOKENS = 130, 190
+RESPONSE_SHARE = 0.85  # of the most tokens that a response may have
+HEAD_GFLOP, LAYER_GFLOP, CONTEXT_GFLOP = 0.80, 0.21, 0.23  # an anchor of 8 slots, forward and backward
+MUON_GFLOP_PER_LAYER, MUON_GFLOP_PER_CAPTURED = 49, 4  # a step
+EVALUATION_ANCHORS_PER_S = 200
+START_S = 15  # a command: imports, compiling
+EVALUATIONS = 4  # of a run, to choose its best
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -45,9 +61,9 @@ class Recipe:
     in_process: bool = False
     """Run the stages in this process: imports and compiling are paid once. Their output goes to OUT/logs."""
 
-    mix: str = "stdlib/complete=1400,stdlib/implement=200"
+    mix: str = "problems=600,stdlib/complete=900,stdlib/implement=100"
     """Training prompts: SET[/FORM]=COUNT, the first so many of each."""
-    choosing: str = "stdlib/complete=32"
+    choosing: str = "problems=16,stdlib/complete=16"
     """Prompts that RUN/best is chosen by, the last so many of each."""
     max_new_tokens: int = 160
     """Most tokens of a response."""
@@ -55,7 +71,9 @@ class Recipe:
     """Prompts decoded side by side."""
 
     capture_layers: str = "1,7,13,19,25,28"
-    """Target layers whose outputs the drafter reads."""
+    """Target layers whose outputs the drafter reads; "": the four that `cache build` takes."""
+    tokens_per_batch: int = 4096
+    """Tokens in one pass of the target."""
     top_k: int = 32
     """Tokens of the target's distribution that caches hold."""
     block_size: int = 8
@@ -102,16 +120,42 @@ class Recipe:
 VARIED = tuple(field.name for field in fields(Recipe))[6:]
 """Settings that runs may differ in."""
 
-LEFT_OUT: dict[str, dict[str, Any]] = {
-    "warm start": {"init": "random"},
-    "data": {"mix": "stdlib/complete=400"},
-    "loss": {"loss": "cross-entropy"},
-    "anchors": {"anchors_per_sequence": 16},
-    "depth": {"num_layers": 2},
-    "capture layers": {"capture_layers": "1,10,18,27"},
-    "optimizer": {"optimizer": "adamw"},
+LEFT_OUT: dict[str, Callable[[Recipe], dict[str, Any]]] = {
+    "warm start": lambda _: {"init": "random"},
+    "data mix": lambda recipe: {"mix": ",".join(part for part in recipe.mix.split(",") if part.startswith("stdlib"))},
+    "data size": lambda recipe: {"mix": ",".join(f"{source}={count // 4}" for source, count in parts_of(recipe.mix))},
+    "loss": lambda _: {"loss": "cross-entropy"},
+    "anchors": lambda recipe: {"anchors_per_sequence": max(1, recipe.anchors_per_sequence // 4)},
+    "depth": lambda _: {"num_layers": 2},
+    "captured layers": lambda _: {"capture_layers": ""},
+    "optimizer": lambda _: {"optimizer": "adamw"},
 }
 """What a run has in place of an ingredient."""
+
+
+def budget_s(recipe: Recipe) -> dict[str, float]:
+    """Seconds that two idle cores take for a recipe, by stage, from the rates above; nothing is measured."""
+    prompts = sum(count for _, count in parts_of(recipe.mix))
+    choosing = sum(count for _, count in parts_of(recipe.choosing))
+    new, held_out_new = RESPONSE_SHARE * recipe.max_new_tokens, RESPONSE_SHARE * recipe.held_out_tokens
+    captured = len(recipe.capture_layers.split(",")) if recipe.capture_layers else 4
+    slots = (recipe.block_size - 1) / 7
+    anchor = HEAD_GFLOP * slots + LAYER_GFLOP * recipe.num_layers * recipe.block_size / 8 + CONTEXT_GFLOP
+    muon = MUON_GFLOP_PER_LAYER * recipe.num_layers + MUON_GFLOP_PER_CAPTURED * captured
+    step = recipe.sequences_per_step * recipe.anchors_per_sequence * anchor + muon * (recipe.optimizer == "muon")
+    evaluated = EVALUATIONS * choosing * new / EVALUATION_ANCHORS_PER_S
+    return {
+        "target": START_S,
+        "responses": 3 * START_S
+        + ((prompts + choosing) * new + recipe.held_out * held_out_new) / RESPONSE_TOKENS_PER_S,
+        "caches": 3 * START_S
+        + (prompts + choosing) * (PROMPT_TOKENS + new) / CACHE_TOKENS_PER_S
+        + recipe.held_out * (HELD_OUT_PROMPT_TOKENS + held_out_new) / CACHE_TOKENS_PER_S,
+        "train": START_S + recipe.steps * step / GFLOP_PER_S + evaluated,
+        "check": START_S + recipe.held_out * held_out_new / EVALUATION_ANCHORS_PER_S,
+        # plainly at 28 tokens a second, and with a drafter that is not slower
+        "decode": START_S + 2 * recipe.decode_prompts * held_out_new / 28,
+    }
 
 
 def main(recipe: Recipe) -> int:
@@ -123,12 +167,14 @@ def main(recipe: Recipe) -> int:
         if results and time.monotonic() - started > recipe.until_s:
             sys.stderr.write(f"[{name}] not begun: {recipe.until_s:.0f} s are over\n")
             continue
+        run = replace(recipe, **changes)
+        results[name] = {"changes": changes, "budget_s": budget_s(run)}
         try:
-            results[name] = {"changes": changes, **measure(recipe, replace(recipe, **changes), name, stages)}
+            results[name] |= measure(recipe, run, name, stages)
         except StageError as error:
-            if not results:
+            if name == "full":
                 raise
-            results[name] = {"changes": changes, "failed": str(error)}
+            results[name]["failed"] = str(error)
             sys.stderr.write(f"[{name}] failed: {error}\n")
         settings = {key: value for key, value in asdict(recipe).items() if key in VARIED}
         write_json(
@@ -158,7 +204,7 @@ def variants(recipe: Recipe) -> dict[str, dict[str, Any]]:
     for ingredient in LEFT_OUT if recipe.without == ("all",) else recipe.without:
         if ingredient not in LEFT_OUT:
             raise InputError(f"--without is {ingredient!r}: choose all or {', '.join(map(repr, LEFT_OUT))}")
-        found[f"without {ingredient}"] = LEFT_OUT[ingredient]
+        found[f"without {ingredient}"] = LEFT_OUT[ingredient](recipe)
     for text in recipe.vary:
         found[text] = _changes(text)
     return found
@@ -186,21 +232,35 @@ def _changes(text: str) -> dict[str, Any]:
     return changes
 
 
+def parts_of(mix: str) -> list[tuple[str, int]]:
+    """The sources of a mix of prompts and how many of each.
+
+    Raises:
+        InputError: a mix that is none.
+    """
+    parts = []
+    for part in mix.split(","):
+        source, _, count = part.partition("=")
+        if not count.isdigit():
+            raise InputError(f"{part!r} in a mix of prompts: SET=COUNT or SET/FORM=COUNT is needed")
+        parts.append((source, int(count)))
+    return parts
+
+
 def prompts_of(mix: str, *, from_the_end: bool = False) -> Iterator[Prompt]:
     """The prompts of a mix, source by source.
 
     Raises:
-        InputError: a source with too few prompts, or a mix that is none.
+        InputError: HumanEval's prompts; a source with too few prompts.
     """
-    for part in mix.split(","):
-        source, _, count = part.partition("=")
+    for source, count in parts_of(mix):
         name, _, form = source.partition("/")
-        if not count.isdigit():
-            raise InputError(f"{part!r} in a mix of prompts: SET=COUNT or SET/FORM=COUNT is needed")
+        if name == HELD_OUT:
+            raise InputError(f"{mix!r}: the prompts of {HELD_OUT} are held out")
         found = [prompt for prompt in load_prompts(name) if not form or prompt.id.endswith(f"/{form}")]
-        if len(found) < int(count):
-            raise InputError(f"{part!r} in a mix of prompts: {source} has {len(found)}")
-        yield from found[len(found) - int(count) :] if from_the_end else found[: int(count)]
+        if len(found) < count:
+            raise InputError(f"{count} prompts of {source} are asked for: it has {len(found)}")
+        yield from found[len(found) - count :] if from_the_end else found[:count]
 
 
 def write_lines(path: Path, rows: Sequence[dict[str, Any]]) -> None:
@@ -268,11 +328,12 @@ def training_responses(base: Recipe, recipe: Recipe, stages: Stages, target: Pat
 
 def cache(recipe: Recipe, stages: Stages, target: Path, source: Path, name: str, *, top_k: int = 0) -> Path:
     """The cache of responses."""
-    name = f"{name}-{_tag(recipe.capture_layers)}" + (f"-top-{top_k}" if top_k else "")
+    name = f"{name}-{_tag(recipe.capture_layers or 'default')}" + (f"-top-{top_k}" if top_k else "")
     out = recipe.out / f"cache-{name}"
     stages.run(
         f"cache-{name}", "cache", "build", "--target", target, "--responses", source, "--out", out,
-        "--capture-layers", recipe.capture_layers, "--top-k", top_k,
+        *(("--capture-layers", recipe.capture_layers) if recipe.capture_layers else ()), "--top-k", top_k,
+        "--tokens-per-batch", recipe.tokens_per_batch,
     )  # fmt: skip
     return out
 
@@ -299,7 +360,7 @@ def train(recipe: Recipe, stages: Stages, target: Path, name: str, *, on: Path, 
         "seed": recipe.seed,
     }
     flags = [word for key, value in settings.items() for word in (f"--{key.replace('_', '-')}", value)]
-    every = max(1, recipe.steps // 4)
+    every = max(1, recipe.steps // EVALUATIONS)
     return stages.run(
         f"train-{_tag(name)}", "train", "--target", target, "--cache", on, "--eval-cache", choosing, "--out", out,
         *flags, "--checkpoint-every", every, "--keep", 1, resumes=out,
@@ -341,31 +402,40 @@ def curve(run: Path) -> list[dict[str, Any]]:
 def table(results: dict[str, Any]) -> str:
     """Every run in Markdown: what it has in place of the recipe's settings, and its held-out numbers."""
     lines = [
-        "| run | settings | held-out tau | full minus it | accept_len | token_acc | chosen step | train, s |",
-        "|---|---|---|---|---|---|---|---|",
+        "| run | settings | held-out tau | full minus it | accept_len | token_acc | best step | train, s | budget, h |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for name, run in results.items():
-        settings = ", ".join(f"{key} {value}" for key, value in run["changes"].items()) or "-"
+        settings = ", ".join(f"{key} {value or 'default'}" for key, value in run["changes"].items()) or "-"
         if "failed" in run:
-            lines.append(f"| {name} | {settings} | failed | | | | | |")
-            continue
-        check, trained = run["check"], run["train"]
-        low, high = check["replay"]["tau_ci95"]
-        tau = f"{check['replay']['tau_micro']:.3f} [{low:.3f}, {high:.3f}]"
-        lines.append(
-            f"| {name} | {settings} | {tau} | {_difference(check)} "
-            f"| {check['accept_len_mean']:.3f} | {check['token_acc_mean']:.3f} | {trained['best']['step']} "
-            f"| {trained['seconds']:.0f} |"
-        )
+            numbers = ["failed", "", "", "", "", ""]
+        else:
+            check, trained = run["check"], run["train"]
+            numbers = [
+                f"{check['replay']['tau_micro']:.3f} {_interval(check['replay']['tau_ci95'])}",
+                _difference(check),
+                f"{check['accept_len_mean']:.3f} {_interval(check['accept_len_ci95'])}",
+                f"{check['token_acc_mean']:.3f}",
+                str(trained["best"]["step"]),
+                f"{trained['seconds']:.0f}",
+            ]
+        hours = f"{sum(run['budget_s'].values()) / 3600:.2f}"
+        lines.append(f"| {' | '.join([name, settings, *numbers, hours])} |")
     decoded = results["full"].get("decode")
     if decoded:
+        interval = _interval(decoded["speedup_ci95"]) if decoded["speedup_ci95"] else ""
         lines += [
             "",
-            f"decode: {decoded['num_prompts']} prompts, tau {decoded['tau_micro']:.3f}, {decoded['tokens_per_s']:.1f} "
-            f"tokens/s, {decoded['plain_tokens_per_s']:.1f} plain: {decoded['speedup']:.2f} times "
-            f"{decoded['speedup_ci95']}; tokens equal: {decoded['tokens_equal']}",
+            f"decode, {decoded['num_prompts']} prompts: tau {decoded['tau_micro']:.3f}, "
+            f"{decoded['tokens_per_s']:.1f} tokens/s, plain {decoded['plain_tokens_per_s']:.1f}: "
+            f"{decoded['speedup']:.2f} {interval} times as fast; tokens equal: {decoded['tokens_equal']}",
         ]
     return "\n".join(lines)
+
+
+def _interval(ends: Sequence[float], sign: str = "") -> str:
+    low, high = ends
+    return f"[{low:{sign}.3f}, {high:{sign}.3f}]"
 
 
 def _difference(check: dict[str, Any]) -> str:
@@ -373,8 +443,7 @@ def _difference(check: dict[str, Any]) -> str:
     if not check["comparison"] or check["comparison"][0]["tau"] is None:
         return "-"
     tau = check["comparison"][0]["tau"]
-    low, high = tau["ci95"]
-    return f"{tau['difference']:+.3f} [{low:+.3f}, {high:+.3f}]"
+    return f"{tau['difference']:+.3f} {_interval(tau['ci95'], '+')}"
 
 
 if __name__ == "__main__":

@@ -5,12 +5,14 @@ import shlex
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from dflash_jax.core import InputError, read_json, write_json
 
+CRASHED = -1
 PROGRAM = "import sys; from dflash_jax.cli import main; sys.exit(main())"
 
 
@@ -102,6 +104,8 @@ class Stages:
         return done.returncode
 
     def _here(self, name: str, words: list[str]) -> int:
+        from jax.errors import JaxRuntimeError
+
         from dflash_jax.cli import main
 
         log = self.out / "logs" / f"{name}.log"
@@ -111,7 +115,11 @@ class Stages:
             contextlib.redirect_stdout(file),
             contextlib.redirect_stderr(file),
         ):
-            code = main(words)
+            try:
+                code = main(words)
+            except JaxRuntimeError:  # such as no memory left: a process of its own would have ended so too
+                traceback.print_exc()
+                code = CRASHED
         if code != 0:
             sys.stderr.write("".join(f"    {line}\n" for line in log.read_text(encoding="utf-8").splitlines()[-5:]))
         return code
