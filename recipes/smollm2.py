@@ -15,6 +15,7 @@ after every run, the table at the end. On an accelerator, where starting and com
 Why these settings: docs/design/015-smollm2-recipe.md; what came out: docs/log.md.
 """
 
+import functools
 import json
 import sys
 import time
@@ -28,6 +29,8 @@ import tyro
 from dflash_jax.core import InputError, read_json, read_jsonl, write_json
 from dflash_jax.text import Prompt, load_prompts
 from stages import StageError, Stages
+
+prompts_in = functools.cache(load_prompts)  # the built-in sets take seconds to make
 
 HELD_OUT = "humaneval"
 
@@ -121,13 +124,13 @@ VARIED = tuple(field.name for field in fields(Recipe))[6:]
 """Settings that runs may differ in."""
 
 LEFT_OUT: dict[str, Callable[[Recipe], dict[str, Any]]] = {
-    "warm start": lambda _: {"init": "random"},
-    "data mix": lambda recipe: {"mix": ",".join(part for part in recipe.mix.split(",") if part.startswith("stdlib"))},
-    "data size": lambda recipe: {"mix": ",".join(f"{source}={count // 4}" for source, count in parts_of(recipe.mix))},
+    "warm-start": lambda _: {"init": "random"},
+    "data-mix": lambda recipe: {"mix": ",".join(part for part in recipe.mix.split(",") if part.startswith("stdlib"))},
+    "data-size": lambda recipe: {"mix": ",".join(f"{source}={count // 4}" for source, count in parts_of(recipe.mix))},
     "loss": lambda _: {"loss": "cross-entropy"},
     "anchors": lambda recipe: {"anchors_per_sequence": max(1, recipe.anchors_per_sequence // 4)},
     "depth": lambda _: {"num_layers": 2},
-    "captured layers": lambda _: {"capture_layers": ""},
+    "captured-layers": lambda _: {"capture_layers": ""},
     "optimizer": lambda _: {"optimizer": "adamw"},
 }
 """What a run has in place of an ingredient."""
@@ -161,9 +164,11 @@ def budget_s(recipe: Recipe) -> dict[str, float]:
 def main(recipe: Recipe) -> int:
     """Run what is missing, write `results.json` after every run, print the tables; 1 where a run failed."""
     started, stages, results = time.monotonic(), Stages(recipe.out, in_process=recipe.in_process), {}
+    runs = variants(recipe)
+    check_apart(recipe)
     if recipe.in_process:
         keep_compiled(recipe.out / "compiled")
-    for name, changes in variants(recipe).items():
+    for name, changes in runs.items():
         if results and time.monotonic() - started > recipe.until_s:
             sys.stderr.write(f"[{name}] not begun: {recipe.until_s:.0f} s are over\n")
             continue
@@ -185,6 +190,18 @@ def main(recipe: Recipe) -> int:
     return int(any("failed" in run for run in results.values()))
 
 
+def check_apart(recipe: Recipe) -> None:
+    """Hold the prompts that drafters are chosen by apart from those they are trained on.
+
+    Raises:
+        InputError: a prompt is among both.
+    """
+    trained = {prompt.id for prompt in prompts_of(recipe.mix)}
+    both = sum(prompt.id in trained for prompt in prompts_of(recipe.choosing, from_the_end=True))
+    if both:
+        raise InputError(f"--choosing holds {both} prompts that --mix has too: ask for fewer")
+
+
 def keep_compiled(folder: Path) -> None:
     """Let jax keep what it compiles in a folder, for the next start."""
     import jax
@@ -203,7 +220,7 @@ def variants(recipe: Recipe) -> dict[str, dict[str, Any]]:
     found: dict[str, dict[str, Any]] = {"full": {}}
     for ingredient in LEFT_OUT if recipe.without == ("all",) else recipe.without:
         if ingredient not in LEFT_OUT:
-            raise InputError(f"--without is {ingredient!r}: choose all or {', '.join(map(repr, LEFT_OUT))}")
+            raise InputError(f"--without is {ingredient!r}: choose all or {', '.join(LEFT_OUT)}")
         found[f"without {ingredient}"] = LEFT_OUT[ingredient](recipe)
     for text in recipe.vary:
         found[text] = _changes(text)
@@ -229,6 +246,9 @@ def _changes(text: str) -> dict[str, Any]:
             changes[name] = kind(value)
         except ValueError as error:
             raise InputError(f"--vary {name}={value}: {error}") from error
+    layers = changes.get("capture_layers", "")
+    if not all(layer.isdigit() for layer in layers.split(",") if layers):
+        raise InputError(f"--vary capture_layers={layers!r}: layers are numbers")
     return changes
 
 
@@ -257,7 +277,7 @@ def prompts_of(mix: str, *, from_the_end: bool = False) -> Iterator[Prompt]:
         name, _, form = source.partition("/")
         if name == HELD_OUT:
             raise InputError(f"{mix!r}: the prompts of {HELD_OUT} are held out")
-        found = [prompt for prompt in load_prompts(name) if not form or prompt.id.endswith(f"/{form}")]
+        found = [prompt for prompt in prompts_in(name) if not form or prompt.id.endswith(f"/{form}")]
         if len(found) < count:
             raise InputError(f"{count} prompts of {source} are asked for: it has {len(found)}")
         yield from found[len(found) - count :] if from_the_end else found[:count]
@@ -447,4 +467,8 @@ def _difference(check: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main(tyro.cli(Recipe)))
+    try:
+        sys.exit(main(tyro.cli(Recipe)))
+    except InputError as error:
+        sys.stderr.write(f"smollm2: {error}\n")
+        sys.exit(2)
