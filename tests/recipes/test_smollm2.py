@@ -72,9 +72,9 @@ def test_the_defaults_are_within_the_budget():
 def test_budget_by_hand():
     recipe = small(Path("out"), Path("t"), block_size=8, optimizer="adamw", max_new_tokens=100, held_out_tokens=100)
     found = budget_s(recipe)
-    # 10 prompts of 130 tokens with 85 new ones, 3 held-out ones of 190 and 85
+    # 10 prompts of 117 tokens with 85 new ones, 3 held-out ones of 191 and 85
     assert found["responses"] == pytest.approx(3 * 15 + 13 * 85 / 140)
-    assert found["caches"] == pytest.approx(3 * 15 + (10 * 215 + 3 * 275) / 350)
+    assert found["caches"] == pytest.approx(3 * 15 + (10 * 202 + 3 * 276) / 350)
     # 4 steps of 10 anchors of 0.8 + 2 x 0.21 + 0.23 GFLOP, and 4 times 2 x 85 anchors evaluated
     assert found["train"] == pytest.approx(15 + 4 * 10 * 1.45 / 125 + 4 * 170 / 200)
 
