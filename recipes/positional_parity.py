@@ -19,10 +19,7 @@ Every stage is a `dflash-jax` command, printed as it is run, and skipped where i
 
 import json
 import random
-import shlex
-import subprocess
 import sys
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,13 +29,13 @@ import tyro
 
 from dflash_jax.core import InputError, read_json, read_jsonl, write_json
 from dflash_jax.text import Prompt, Tokenizer, load_prompts, load_tokenizer
+from stages import Stages
 
 BLOCK_SIZE = 8
 CAPTURE_LAYERS = "1,10,18,27"  # K = 4, the default of a target of 30 layers
 OFFSETS = "0,4096,65536,131072"
 PARITY_OFFSETS = "0,4096,65536,131072,1048576"
 FAR = "0,131072"
-PROGRAM = "import sys; from dflash_jax.cli import main; sys.exit(main())"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -78,39 +75,6 @@ class Recipe:
     def rollout_tokens(self) -> int:
         """Tokens of a packed context's response: its last B-1 anchors have a slot without a label."""
         return self.rollout + BLOCK_SIZE - 1
-
-
-class Stages:
-    """Runs commands of the program, one record each."""
-
-    def __init__(self, out: Path) -> None:
-        self.out = out
-        self.seconds: dict[str, float] = {}
-        self.commands: dict[str, str] = {}
-
-    def run(self, name: str, *arguments: str | Path | int, allowed: Sequence[int] = (0,)) -> dict[str, Any]:
-        """Return a command's JSON, from its record where an earlier run left it.
-
-        Args:
-            name: of the stage.
-            arguments: of the program.
-            allowed: exit codes that are no failure; 1 is a violation found, which some stages are there to find.
-        """
-        record, timed = self.out / "records" / f"{name}.json", self.out / "records" / f"{name}.seconds.json"
-        words = [str(argument) for argument in arguments]
-        self.commands[name] = shlex.join(["dflash-jax", *words])
-        if not (record.exists() and timed.exists()):
-            sys.stderr.write(f"\n[{name}] {self.commands[name]}\n")
-            record.parent.mkdir(parents=True, exist_ok=True)
-            start = time.monotonic()
-            done = subprocess.run(
-                [sys.executable, "-c", PROGRAM, *words, "--json", str(record)], stdout=subprocess.DEVNULL, check=False
-            )
-            if done.returncode not in allowed:
-                raise InputError(f"stage {name} ended with exit code {done.returncode}: see above, then run this again")
-            write_json(timed, {"seconds": time.monotonic() - start})
-        self.seconds[name] = read_json(timed, what="a stage's time")["seconds"]
-        return read_json(record, what="a stage's record")
 
 
 def write_lines(path: Path, rows: Sequence[dict[str, Any]]) -> None:
@@ -251,21 +215,18 @@ def train(recipe: Recipe, stages: Stages, target: Path) -> dict[str, Path]:
     shape = ("--block-size", BLOCK_SIZE, "--num-layers", 2)
     kept = recipe.steps // 4  # run-500, run-1000, run-1500 and run-2000
 
-    def resumed(run: Path) -> tuple[str, ...]:
-        return ("--resume",) if (run / "config.json").exists() else ()
-
     stages.run(
         "train-memorised", "train", *common, *shape, "--cache", cache(recipe, stages, target, "base"),
         "--out", out / "memorised",
         "--steps", recipe.steps, "--sequences-per-step", 2, "--anchors-per-sequence", recipe.batch // 2,
-        "--checkpoint-every", kept, "--learning-rate", "1e-3", *resumed(out / "memorised"),
+        "--checkpoint-every", kept, "--learning-rate", "1e-3", resumes=out / "memorised",
     )  # fmt: skip
     memorised = out / "memorised" / f"run-{3 * kept}"
     for name, steps in (("fine-tuned", recipe.fine_tune_steps), ("early", recipe.early_steps)):
         stages.run(
             f"train-{name}", "train", *common, "--cache", cache(recipe, stages, target, "other"), "--out", out / name,
             "--steps", steps, "--sequences-per-step", 2, "--anchors-per-sequence", recipe.batch // 2,
-            "--learning-rate", "5e-4", "--init-from", memorised, *resumed(out / name),
+            "--learning-rate", "5e-4", "--init-from", memorised, resumes=out / name,
         )  # fmt: skip
     drafters = {
         "memorised": memorised,
@@ -277,7 +238,7 @@ def train(recipe: Recipe, stages: Stages, target: Path) -> dict[str, Path]:
             "train-general", "train", *common, *shape, "--cache", cache(recipe, stages, target, "general"),
             "--out", out / "general",
             "--steps", recipe.general_steps, "--sequences-per-step", 8, "--anchors-per-sequence", recipe.batch // 8,
-            "--learning-rate", "1e-3", *resumed(out / "general"),
+            "--learning-rate", "1e-3", resumes=out / "general",
         )  # fmt: skip
         drafters["general"] = out / "general" / f"run-{recipe.general_steps}"
     return drafters

@@ -14,6 +14,7 @@ from dflash_jax.accept import (
     by_prompt_set,
     by_slot,
     offset_differences,
+    rate_ratio_interval,
     replay_blocks,
     statistics,
     summarise,
@@ -229,3 +230,13 @@ def test_offset_differences_by_hand():
     }
     assert offset_differences([A, B], samples=10, seed=0) == {}
     assert offset_differences([A, lone], samples=10, seed=0) == {}
+
+
+def test_interval_of_how_many_times_as_fast():
+    def times(ours, theirs):
+        return rate_ratio_interval(np.array(ours, float), np.array(theirs, float), samples=2000, seed=0)
+
+    # slow batches are slow both ways: resampled together, they leave the ratio alone
+    assert times([[10, 2], [10, 40]], [[10, 4], [10, 80]]) == (2, 2)
+    # the first batch alone is as fast, the second three times: a quarter of the resamples each
+    assert times([[10, 1], [10, 1]], [[10, 1], [10, 3]]) == pytest.approx((1, 3))

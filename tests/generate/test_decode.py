@@ -49,6 +49,8 @@ def test_the_comparison_has_the_contract_s_keys_and_adds_up(compared):
     assert 1.2 < result["tau_micro"] < 5
     assert abs(result["tau_micro"] - result["tau_macro"]) > 1e-3  # else the two could be swapped
     assert result["speedup"] == pytest.approx(result["tokens_per_s"] / result["plain_tokens_per_s"])
+    low, high = result["speedup_ci95"]
+    assert low <= result["speedup"] <= high
 
 
 def test_rows_are_in_the_prompts_order_with_text_by_blocks(compared, target):
@@ -73,7 +75,7 @@ def test_without_compare_and_far_away_the_tokens_are_the_same(compared, target, 
     _, rows, _ = compared
     prompts = str(tiny.write_prompts(tmp_path / "prompts.jsonl", tiny.TEXTS[:3]))
     result = decode_prompts(config(target, drafter, prompts, position_offset=131072, out=tmp_path / "rows.jsonl"))
-    assert [result[key] for key in ("tokens_equal", "plain_tokens_per_s", "speedup")] == [None, None, None]
+    assert [result[key] for key in ("tokens_equal", "plain_tokens_per_s", "speedup", "speedup_ci95")] == [None] * 4
     assert (result["batch_size"], result["position_offset"]) == (3, 131072)
     far = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_bytes().split(b"\n")[:-1]]
     for ours, theirs in zip(far, rows, strict=False):

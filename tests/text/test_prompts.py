@@ -65,12 +65,12 @@ def test_a_bad_row_is_named_by_its_line(tmp_path: Path, row: str, message: str):
 
 def test_neither_a_file_nor_a_set(tmp_path: Path):
     with pytest.raises(
-        InputError, match=r"human-eval is neither a file nor a built-in prompt set \(humaneval, stdlib\)"
+        InputError, match=r"human-eval is neither a file nor a built-in prompt set \(humaneval, problems, stdlib\)"
     ):
         load_prompts("human-eval")
     with pytest.raises(InputError, match="the prompt file holds no rows"):
         load_prompts(write(tmp_path / "empty.jsonl", ""))
-    assert BUILT_IN_SETS == ("humaneval", "stdlib")
+    assert BUILT_IN_SETS == ("humaneval", "problems", "stdlib")
 
 
 def test_humaneval_has_164_problems_in_z_labs_words():

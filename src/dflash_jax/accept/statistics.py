@@ -52,6 +52,23 @@ def bootstrap_interval(sums: Float[np.ndarray, "prompts pair"], *, samples: int,
     return float(low), float(high)
 
 
+def rate_ratio_interval(
+    a: Float[np.ndarray, "batches pair"], b: Float[np.ndarray, "batches pair"], *, samples: int, seed: int
+) -> tuple[float, float]:
+    """Return the 95 % percentile bootstrap interval of a's rate over b's, both of the same batches, resampled together.
+
+    Args:
+        a: tokens and seconds of each batch, done one way.
+        b: the same done the other way.
+        samples: resamples.
+        seed: of the resampling.
+    """
+    draw = np.random.default_rng(seed)
+    totals = resample_prompts(len(a), samples=samples, draw=draw) @ np.concatenate([a, b], axis=1)
+    low, high = np.percentile(totals[:, 0] / totals[:, 1] / (totals[:, 2] / totals[:, 3]), [2.5, 97.5])
+    return float(low), float(high)
+
+
 def resample_prompts(
     prompts: int, *, samples: int, draw: np.random.Generator
 ) -> Int[np.ndarray, "{samples} {prompts}"]:

@@ -36,7 +36,7 @@ class ResponsesConfig:
     target: Path
     """Target folder."""
     prompts: str
-    """A prompts JSONL file, or a built-in set: humaneval, stdlib."""
+    """A prompts JSONL file, or a built-in set: humaneval, problems, stdlib."""
     out: Path
     """Responses JSONL to write; a partial one is continued."""
     max_new_tokens: int = 128
@@ -85,7 +85,7 @@ class DecodeConfig:
     drafter: Path
     """Drafter folder (RUN/run-<step>, or any z-lab DFlash checkpoint)."""
     prompts: str
-    """A prompts JSONL file, or a built-in set: humaneval, stdlib."""
+    """A prompts JSONL file, or a built-in set: humaneval, problems, stdlib."""
     max_new_tokens: int = 128
     """Most tokens generated for a prompt, the stop token included."""
     compare: bool = False

@@ -3,13 +3,13 @@
 import json
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
-from dflash_jax.accept import check_block_size, check_fit
+from dflash_jax.accept import check_block_size, check_fit, rate_ratio_interval
 from dflash_jax.core import Move, atomic_file, make_record, no_progress, write_json
 from dflash_jax.decode import Decoded, Decoder, Flip, explain_flip
 from dflash_jax.drafter import Drafter, drafter_fingerprint, load_drafter, read_drafter_config
@@ -19,6 +19,7 @@ from dflash_jax.generate.stream import TextPiece, text_pieces
 from dflash_jax.targets import Target, load_target, read_target_config
 from dflash_jax.text import Tokenizer, load_tokenizer
 
+BOOTSTRAP_SAMPLES = 2000
 Show = Callable[[TextPiece], None]
 """Takes the pieces of texts in the order in which they come."""
 
@@ -28,18 +29,34 @@ class _Totals:
     """What a whole run came to."""
 
     tokens: int = 0
-    loop_tokens: int = 0
-    seconds: float = 0.0
+    batches: list[tuple[int, float]] = field(default_factory=list)
+    """Tokens and seconds of each batch's loop."""
 
     def add(self, rows: list[Decoded], seconds: float) -> None:
         """Count a batch's prompts; time counts the loop alone, from after the prompts' pass."""
         self.tokens += sum(len(row.tokens) for row in rows)
-        self.loop_tokens += sum(sum(row.committed) for row in rows)
-        self.seconds += seconds
+        self.batches.append((sum(sum(row.committed) for row in rows), seconds))
 
     def rate(self) -> float:
         """Tokens per second of the loop."""
-        return self.loop_tokens / self.seconds if self.seconds else 0.0
+        seconds = sum(seconds for _, seconds in self.batches)
+        return sum(tokens for tokens, _ in self.batches) / seconds if seconds else 0.0
+
+
+def _speedup(speculative: _Totals, plain: _Totals, *, seed: int) -> dict[str, Any]:
+    """How many times as fast, None without plain decoding, and a bootstrap interval, None with fewer than two batches.
+
+    Batches are resampled, which at a batch size of 1 are prompts. Their wall times hold the machine's noise too.
+    """
+    if not plain.rate():
+        return {"speedup": None, "speedup_ci95": None}
+    ours, theirs = np.array(speculative.batches, float), np.array(plain.batches, float)
+    # a batch whose texts all end with their first token has no loop to time
+    has_loop = (ours > 0).all(axis=1) & (theirs > 0).all(axis=1)
+    interval = None
+    if has_loop.sum() > 1:
+        interval = list(rate_ratio_interval(ours[has_loop], theirs[has_loop], samples=BOOTSTRAP_SAMPLES, seed=seed))
+    return {"speedup": speculative.rate() / plain.rate(), "speedup_ci95": interval}
 
 
 def _row(item: EncodedPrompt, row: Decoded, tokenizer: Tokenizer, plain: Decoded | None) -> dict[str, Any]:
@@ -204,9 +221,9 @@ def decode_prompts(config: DecodeConfig, *, progress: Move = no_progress, show: 
     Returns:
         The `decode --compare` JSON of the design: `tokens_equal`, `tau_micro` (tokens committed per target pass, pooled
         over blocks), `tau_macro` (mean of per-prompt means), `tokens_per_s`, `plain_tokens_per_s` and `speedup` (of the
-        decoding loops: prompts' passes and compiling are outside), `num_prompts`, `num_tokens`, `block_size`, and
-        `text` of the first prompt; `differences`: for every prompt whose tokens differ, the first one that does and why
-        (`decode.Flip`). Keys of the comparison are None without it.
+        decoding loops: prompts' passes and compiling are outside), `speedup_ci95` (see `_speedup`), `num_prompts`,
+        `num_tokens`, `block_size`, and `text` of the first prompt; `differences`: for every prompt whose tokens differ,
+        the first one that does and why (`decode.Flip`). Keys of the comparison are None without it.
 
     Raises:
         InputError: bad target, drafter or prompts; a drafter that does not fit; a block size it was not trained for.
@@ -223,7 +240,11 @@ def decode_prompts(config: DecodeConfig, *, progress: Move = no_progress, show: 
         **_taus(rows),
         "tokens_per_s": speculative.rate(),
         "plain_tokens_per_s": plain.rate() if config.compare else None,
-        "speedup": speculative.rate() / plain.rate() if config.compare and plain.rate() else None,
+        **(
+            _speedup(speculative, plain, seed=config.seed)
+            if config.compare
+            else {"speedup": None, "speedup_ci95": None}
+        ),
         "num_prompts": len(rows),
         "num_tokens": speculative.tokens,
         "block_size": run.block_size,

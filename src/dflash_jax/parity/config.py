@@ -24,7 +24,7 @@ class ParityConfig:
     drafter: Path
     """Drafter folder (RUN/run-<step>, or any z-lab DFlash checkpoint)."""
     prompts: str | None = None
-    """A prompts JSONL file, or a built-in set: humaneval, stdlib; greedy responses to them are generated first."""
+    """A prompts JSONL file, or a built-in set: humaneval, problems, stdlib; greedy responses to them come first."""
     responses: Path | None = None
     """Responses JSONL, as `dflash-jax responses` writes it, in place of --prompts."""
     cache: Path | None = None

@@ -8,6 +8,7 @@ from typing import Any
 
 from dflash_jax.core import InputError, read_jsonl
 from dflash_jax.text.humaneval import humaneval_questions
+from dflash_jax.text.problems import problem_questions
 from dflash_jax.text.stdlib import stdlib_questions
 
 _ROW_KEYS = ("id", "messages", "prompt", "set")
@@ -41,6 +42,7 @@ def _question_set(name: str, questions: Callable[[], Mapping[str, str]]) -> Call
 
 _BUILT_IN: dict[str, Callable[[], list[Prompt]]] = {
     "humaneval": _question_set("humaneval", humaneval_questions),
+    "problems": _question_set("problems", problem_questions),
     "stdlib": _question_set("stdlib", stdlib_questions),
 }
 BUILT_IN_SETS = tuple(_BUILT_IN)
@@ -51,9 +53,10 @@ def load_prompts(source: str) -> list[Prompt]:
     """Return the prompts of a built-in set or of a JSON-lines file, in their order.
 
     Args:
-        source: `humaneval` (164 held-out problems), `stdlib` (thousands of training prompts, shuffled, so that any
-            prefix is a fair sample), or the path of a file with rows `{"id", "messages": [{"role", "content"}]}` or
-            `{"id", "prompt"}`, each with an optional `"set"` (default: the file's name without its ending).
+        source: `humaneval` (164 held-out problems), `stdlib` (thousands of training prompts) and `problems` (hundreds),
+            both shuffled, so that any prefix is a fair sample, or the path of a file with rows
+            `{"id", "messages": [{"role", "content"}]}` or `{"id", "prompt"}`, each with an optional `"set"` (default:
+            the file's name without its ending).
 
     Raises:
         InputError: no such set or file, or a bad row (the message gives its line number).

@@ -1,0 +1,474 @@
+r"""The best drafter for SmolLM2-135M-Instruct that two cores can make in 2.5 hours, and what each ingredient is worth.
+
+    python recipes/smollm2.py --out OUT                                  the drafter: 2.3 h on two quiet cores
+    python recipes/smollm2.py --out OUT --without all                    then a run without each ingredient
+    python recipes/smollm2.py --out OUT --vary num_layers=3 --vary learning_rate=1e-3,loss=d-pace      other settings
+
+Prompts to responses to caches to a drafter, checked and decoded on the held-out prompts of HumanEval, none of which is
+trained on or chosen by. Every stage is a `dflash-jax` command, printed as it is run and skipped where its record
+exists: a killed run goes on. Runs share what they have in common (responses, caches). `OUT/results.json` is written
+after every run, the table at the end. On an accelerator, where starting and compiling take most of the time:
+
+    python recipes/smollm2.py --out OUT --without all --in-process --dtype bfloat16 --response-batch 800 \
+        --tokens-per-batch 32768 --until-s 400
+
+Why these settings: docs/design/015-smollm2-recipe.md; what came out: docs/log.md.
+"""
+
+import functools
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import tyro
+
+from dflash_jax.core import InputError, read_json, read_jsonl, write_json
+from dflash_jax.text import Prompt, load_prompts
+from stages import StageError, Stages
+
+prompts_in = functools.cache(load_prompts)  # the built-in sets take seconds to make
+
+HELD_OUT = "humaneval"
+
+# What two idle cores do (docs/log.md), and SmolLM2's sizes: the budget is counted from these.
+RESPONSE_TOKENS_PER_S = 140
+CACHE_TOKENS_PER_S = 350
+GFLOP_PER_S = 125
+PROMPT_TOKENS, HELD_OUT_PROMPT_TOKENS = 117, 191  # with the chat template
+RESPONSE_SHARE = 0.85  # of the most tokens that a response may have
+HEAD_GFLOP, LAYER_GFLOP, CONTEXT_GFLOP = 0.80, 0.21, 0.23  # an anchor of 8 slots, forward and backward
+MUON_GFLOP_PER_LAYER, MUON_GFLOP_PER_CAPTURED = 49, 4  # a step
+EVALUATION_ANCHORS_PER_S = 200
+START_S = 15  # a command: imports, compiling
+EVALUATIONS = 4  # of a run, to choose its best
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Recipe:
+    """Settings; the defaults are what two cores can do in 2.5 hours (`budget_s` counts it)."""
+
+    out: Path
+    """Folder of everything that is made; a partial one is continued."""
+    target: Path | None = None
+    """Target folder; default: SmolLM2, imported from its wheel into OUT/target."""
+    without: tuple[str, ...] = ()
+    """Ingredients to leave out, a run for each, or "all"."""
+    vary: tuple[str, ...] = ()
+    """Further runs, each with other settings: FIELD=VALUE[,FIELD=VALUE...]."""
+    until_s: float = float("inf")
+    """No further run is begun when so many seconds have passed; the first always is."""
+    in_process: bool = False
+    """Run the stages in this process: imports and compiling are paid once. Their output goes to OUT/logs."""
+
+    mix: str = "problems=600,stdlib/complete=900,stdlib/implement=100"
+    """Training prompts: SET[/FORM]=COUNT, the first so many of each."""
+    choosing: str = "problems=16,stdlib/complete=16"
+    """Prompts that RUN/best is chosen by, the last so many of each."""
+    max_new_tokens: int = 160
+    """Most tokens of a response."""
+    response_batch: int = 64
+    """Prompts decoded side by side."""
+
+    capture_layers: str = "1,7,13,19,25,28"
+    """Target layers whose outputs the drafter reads; "": the four that `cache build` takes."""
+    tokens_per_batch: int = 4096
+    """Tokens in one pass of the target."""
+    top_k: int = 32
+    """Tokens of the target's distribution that caches hold."""
+    block_size: int = 8
+    """Positions per block, the anchor included."""
+    num_layers: int = 5
+    """Drafter layers."""
+    init: str = "target"
+    """Where weights start: the target's own layers, or random."""
+    loss: str = "kl"
+    """See `train --loss`."""
+    decay_gamma: float = 2.0
+    """See `train --decay-gamma`."""
+    optimizer: str = "muon"
+    """See `train --optimizer`."""
+    learning_rate: float = 2e-3
+    """At its peak."""
+    schedule: str = "cosine"
+    """See `train --schedule`."""
+    warmup_ratio: float = 0.04
+    """See `train --warmup-ratio`."""
+    adam_b2: float = 0.95
+    """See `train --adam-b2`."""
+    weight_decay: float = 0.0
+    """See `train --weight-decay`."""
+    steps: int = 440
+    """Optimizer steps."""
+    sequences_per_step: int = 8
+    """Sequences in a step."""
+    anchors_per_sequence: int = 64
+    """Anchors drawn from each."""
+    dtype: str = "float32"
+    """Of the drafter's activations in training."""
+    seed: int = 0
+    """Of weights, order and anchors."""
+
+    held_out: int = 164
+    """HumanEval prompts that drafters are checked on; 164 is all."""
+    decode_prompts: int = 24
+    """Of them, those decoded with the drafter and plainly."""
+    held_out_tokens: int = 128
+    """Most tokens of a held-out response."""
+
+
+VARIED = tuple(field.name for field in fields(Recipe))[6:]
+"""Settings that runs may differ in."""
+
+LEFT_OUT: dict[str, Callable[[Recipe], dict[str, Any]]] = {
+    "warm-start": lambda _: {"init": "random"},
+    "data-mix": lambda recipe: {"mix": ",".join(part for part in recipe.mix.split(",") if part.startswith("stdlib"))},
+    "data-size": lambda recipe: {"mix": ",".join(f"{source}={count // 4}" for source, count in parts_of(recipe.mix))},
+    "loss": lambda _: {"loss": "cross-entropy"},
+    "anchors": lambda recipe: {"anchors_per_sequence": max(1, recipe.anchors_per_sequence // 4)},
+    "depth": lambda _: {"num_layers": 2},
+    "captured-layers": lambda _: {"capture_layers": ""},
+    "optimizer": lambda _: {"optimizer": "adamw"},
+}
+"""What a run has in place of an ingredient."""
+
+
+def budget_s(recipe: Recipe) -> dict[str, float]:
+    """Seconds that two idle cores take for a recipe, by stage, from the rates above; nothing is measured."""
+    prompts = sum(count for _, count in parts_of(recipe.mix))
+    choosing = sum(count for _, count in parts_of(recipe.choosing))
+    new, held_out_new = RESPONSE_SHARE * recipe.max_new_tokens, RESPONSE_SHARE * recipe.held_out_tokens
+    captured = len(recipe.capture_layers.split(",")) if recipe.capture_layers else 4
+    slots = (recipe.block_size - 1) / 7
+    anchor = HEAD_GFLOP * slots + LAYER_GFLOP * recipe.num_layers * recipe.block_size / 8 + CONTEXT_GFLOP
+    muon = MUON_GFLOP_PER_LAYER * recipe.num_layers + MUON_GFLOP_PER_CAPTURED * captured
+    step = recipe.sequences_per_step * recipe.anchors_per_sequence * anchor + muon * (recipe.optimizer == "muon")
+    evaluated = EVALUATIONS * choosing * new / EVALUATION_ANCHORS_PER_S
+    return {
+        "target": START_S,
+        "responses": 3 * START_S
+        + ((prompts + choosing) * new + recipe.held_out * held_out_new) / RESPONSE_TOKENS_PER_S,
+        "caches": 3 * START_S
+        + (prompts + choosing) * (PROMPT_TOKENS + new) / CACHE_TOKENS_PER_S
+        + recipe.held_out * (HELD_OUT_PROMPT_TOKENS + held_out_new) / CACHE_TOKENS_PER_S,
+        "train": START_S + recipe.steps * step / GFLOP_PER_S + evaluated,
+        "check": START_S + recipe.held_out * held_out_new / EVALUATION_ANCHORS_PER_S,
+        # plainly at 28 tokens a second, and with a drafter that is not slower
+        "decode": START_S + 2 * recipe.decode_prompts * held_out_new / 28,
+    }
+
+
+def main(recipe: Recipe) -> int:
+    """Run what is missing, write `results.json` after every run, print the tables; 1 where a run failed."""
+    started, stages, results = time.monotonic(), Stages(recipe.out, in_process=recipe.in_process), {}
+    runs = variants(recipe)
+    check_apart(recipe)
+    if recipe.in_process:
+        keep_compiled(recipe.out / "compiled")
+    for name, changes in runs.items():
+        if results and time.monotonic() - started > recipe.until_s:
+            sys.stderr.write(f"[{name}] not begun: {recipe.until_s:.0f} s are over\n")
+            continue
+        run = replace(recipe, **changes)
+        results[name] = {"changes": changes, "budget_s": budget_s(run)}
+        try:
+            results[name] |= measure(recipe, run, name, stages)
+        except StageError as error:
+            if name == "full":
+                raise
+            results[name]["failed"] = str(error)
+            sys.stderr.write(f"[{name}] failed: {error}\n")
+        settings = {key: value for key, value in asdict(recipe).items() if key in VARIED}
+        write_json(
+            recipe.out / "results.json",
+            {"settings": settings, "runs": results, "seconds": stages.seconds, "commands": stages.commands},
+        )
+    sys.stdout.write(f"{table(results)}\n")
+    return int(any("failed" in run for run in results.values()))
+
+
+def check_apart(recipe: Recipe) -> None:
+    """Hold the prompts that drafters are chosen by apart from those they are trained on.
+
+    Raises:
+        InputError: a prompt is among both.
+    """
+    trained = {prompt.id for prompt in prompts_of(recipe.mix)}
+    both = sum(prompt.id in trained for prompt in prompts_of(recipe.choosing, from_the_end=True))
+    if both:
+        raise InputError(f"--choosing holds {both} prompts that --mix has too: ask for fewer")
+
+
+def keep_compiled(folder: Path) -> None:
+    """Let jax keep what it compiles in a folder, for the next start."""
+    import jax
+
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+def variants(recipe: Recipe) -> dict[str, dict[str, Any]]:
+    """Every run's changes to the recipe, by its name; the recipe itself, "full", comes first.
+
+    Raises:
+        InputError: an ingredient or a setting that is not there.
+    """
+    found: dict[str, dict[str, Any]] = {"full": {}}
+    for ingredient in LEFT_OUT if recipe.without == ("all",) else recipe.without:
+        if ingredient not in LEFT_OUT:
+            raise InputError(f"--without is {ingredient!r}: choose all or {', '.join(LEFT_OUT)}")
+        found[f"without {ingredient}"] = LEFT_OUT[ingredient](recipe)
+    for text in recipe.vary:
+        found[text] = _changes(text)
+    return found
+
+
+def _changes(text: str) -> dict[str, Any]:
+    """`FIELD=VALUE,...` as values of the fields' types; a part without a name belongs to the value before it."""
+    parts: list[str] = []
+    for part in text.split(","):
+        if part.partition("=")[0] in VARIED:
+            parts.append(part)
+        elif parts:
+            parts[-1] += f",{part}"
+        else:
+            raise InputError(f"--vary is {text!r}: begin with one of {', '.join(VARIED)} and an =")
+    types = {field.name: field.type for field in fields(Recipe)}
+    changes = {}
+    for name, _, value in (part.partition("=") for part in parts):
+        kind = types[name]
+        assert isinstance(kind, type)
+        try:
+            changes[name] = kind(value)
+        except ValueError as error:
+            raise InputError(f"--vary {name}={value}: {error}") from error
+    layers = changes.get("capture_layers", "")
+    if not all(layer.isdigit() for layer in layers.split(",") if layers):
+        raise InputError(f"--vary capture_layers={layers!r}: layers are numbers")
+    return changes
+
+
+def parts_of(mix: str) -> list[tuple[str, int]]:
+    """The sources of a mix of prompts and how many of each.
+
+    Raises:
+        InputError: a mix that is none.
+    """
+    parts = []
+    for part in mix.split(","):
+        source, _, count = part.partition("=")
+        if not count.isdigit():
+            raise InputError(f"{part!r} in a mix of prompts: SET=COUNT or SET/FORM=COUNT is needed")
+        parts.append((source, int(count)))
+    return parts
+
+
+def prompts_of(mix: str, *, from_the_end: bool = False) -> Iterator[Prompt]:
+    """The prompts of a mix, source by source.
+
+    Raises:
+        InputError: HumanEval's prompts; a source with too few prompts.
+    """
+    for source, count in parts_of(mix):
+        name, _, form = source.partition("/")
+        if name == HELD_OUT:
+            raise InputError(f"{mix!r}: the prompts of {HELD_OUT} are held out")
+        found = [prompt for prompt in prompts_in(name) if not form or prompt.id.endswith(f"/{form}")]
+        if len(found) < count:
+            raise InputError(f"{count} prompts of {source} are asked for: it has {len(found)}")
+        yield from found[len(found) - count :] if from_the_end else found[:count]
+
+
+def write_lines(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """Write JSON lines."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+
+
+def prompt_file(path: Path, mix: str, *, from_the_end: bool = False) -> Path:
+    """Write a mix of prompts unless it is there."""
+    if not path.exists():
+        rows = [
+            {"id": prompt.id, "messages": prompt.messages, "set": prompt.set}
+            for prompt in prompts_of(mix, from_the_end=from_the_end)
+        ]
+        write_lines(path, rows)
+    return path
+
+
+def _tag(text: str) -> str:
+    """A setting as part of a file's name."""
+    return "".join(letter if letter.isalnum() else "-" for letter in text)
+
+
+def import_target(recipe: Recipe, stages: Stages) -> Path:
+    """The target folder."""
+    if recipe.target is not None:
+        return recipe.target
+    out = recipe.out / "target"
+    stages.run("target", "target", "import", "--smollm2", "--out", out, made=out)
+    return out
+
+
+def responses(recipe: Recipe, stages: Stages, target: Path, prompts: str | Path, name: str) -> Path:
+    """The target's greedy responses to a prompt file or a built-in set."""
+    is_held_out = prompts == HELD_OUT
+    tokens = recipe.held_out_tokens if is_held_out else recipe.max_new_tokens
+    out = recipe.out / f"responses-{name}.jsonl"
+    stages.run(
+        f"responses-{name}", "responses", "--target", target, "--prompts", prompts, "--out", out,
+        "--max-new-tokens", tokens, "--batch-size", recipe.response_batch,
+        *(("--limit", recipe.held_out) if is_held_out else ()), made=out,
+    )  # fmt: skip
+    return out
+
+
+def training_responses(base: Recipe, recipe: Recipe, stages: Stages, target: Path) -> tuple[str, Path]:
+    """A name and responses to a run's prompts: a part of the recipe's own where they are among them."""
+    name = f"train-{_tag(recipe.mix)}-{recipe.max_new_tokens}"
+    prompts = prompt_file(recipe.out / f"prompts-{_tag(recipe.mix)}.jsonl", recipe.mix)
+    if recipe.mix == base.mix or recipe.max_new_tokens != base.max_new_tokens:
+        return name, responses(recipe, stages, target, prompts, name)
+    _, whole = training_responses(base, base, stages, target)
+    ids = {row["id"] for row in read_jsonl(prompts, what="the prompts")}
+    rows = [row for row in read_jsonl(whole, what="the responses") if row["id"] in ids]
+    if len(rows) < len(ids):
+        return name, responses(recipe, stages, target, prompts, name)
+    out = recipe.out / f"responses-{name}.jsonl"
+    record = read_json(whole.with_name(whole.name + ".record.json"), what="the responses' record")
+    if not out.exists():
+        write_json(out.with_name(out.name + ".record.json"), record)
+        write_lines(out, rows)
+    return name, out
+
+
+def cache(recipe: Recipe, stages: Stages, target: Path, source: Path, name: str, *, top_k: int = 0) -> Path:
+    """The cache of responses."""
+    name = f"{name}-{_tag(recipe.capture_layers or 'default')}" + (f"-top-{top_k}" if top_k else "")
+    out = recipe.out / f"cache-{name}"
+    stages.run(
+        f"cache-{name}", "cache", "build", "--target", target, "--responses", source, "--out", out,
+        *(("--capture-layers", recipe.capture_layers) if recipe.capture_layers else ()), "--top-k", top_k,
+        "--tokens-per-batch", recipe.tokens_per_batch,
+    )  # fmt: skip
+    return out
+
+
+def train(recipe: Recipe, stages: Stages, target: Path, name: str, *, on: Path, choosing: Path) -> dict[str, Any]:
+    """One run; what `train` says of it."""
+    out = recipe.out / f"run-{_tag(name)}"
+    settings = {
+        "steps": recipe.steps,
+        "block_size": recipe.block_size,
+        "num_layers": recipe.num_layers,
+        "sequences_per_step": recipe.sequences_per_step,
+        "anchors_per_sequence": recipe.anchors_per_sequence,
+        "init": recipe.init,
+        "loss": recipe.loss,
+        **({} if recipe.loss == "d-pace" else {"decay_gamma": recipe.decay_gamma}),
+        "optimizer": recipe.optimizer,
+        "schedule": recipe.schedule,
+        "learning_rate": recipe.learning_rate,
+        "warmup_ratio": recipe.warmup_ratio,
+        "adam_b2": recipe.adam_b2,
+        "weight_decay": recipe.weight_decay,
+        "dtype": recipe.dtype,
+        "seed": recipe.seed,
+    }
+    flags = [word for key, value in settings.items() for word in (f"--{key.replace('_', '-')}", value)]
+    every = max(1, recipe.steps // EVALUATIONS)
+    return stages.run(
+        f"train-{_tag(name)}", "train", "--target", target, "--cache", on, "--eval-cache", choosing, "--out", out,
+        *flags, "--checkpoint-every", every, "--keep", 1, resumes=out,
+    )  # fmt: skip
+
+
+def measure(base: Recipe, recipe: Recipe, name: str, stages: Stages) -> dict[str, Any]:
+    """One run from its prompts to its numbers on held-out prompts."""
+    target = import_target(recipe, stages)
+    source, trained_on = training_responses(base, recipe, stages, target)
+    choosing = prompt_file(base.out / "prompts-choosing.jsonl", base.choosing, from_the_end=True)
+    on = cache(recipe, stages, target, trained_on, source, top_k=recipe.top_k)
+    chosen_by = cache(recipe, stages, target, responses(base, stages, target, choosing, "choosing"), "choosing")
+    held_out = cache(recipe, stages, target, responses(base, stages, target, HELD_OUT, "held-out"), "held-out")
+    trained = train(recipe, stages, target, name, on=on, choosing=chosen_by)
+    drafter, full = Path(trained["best"]["drafter"]), base.out / "run-full" / "best"
+    is_comparable = name != "full" and recipe.capture_layers == base.capture_layers
+    compared = ("--compare-drafters", full) if is_comparable else ()
+    checked = stages.run(
+        f"check-{_tag(name)}", "check", "--target", target, "--cache", held_out, "--drafter", drafter, *compared
+    )
+    checked.pop("checks")
+    found = {"train": trained, "curve": curve(Path(trained["run"])), "check": checked}
+    if name == "full" and recipe.decode_prompts:
+        found["decode"] = stages.run(
+            "decode-full", "decode", "--target", target, "--drafter", drafter, "--prompts", HELD_OUT, "--compare",
+            "--limit", recipe.decode_prompts, "--max-new-tokens", recipe.held_out_tokens, allowed=(0, 1),
+        )  # fmt: skip
+    return found
+
+
+def curve(run: Path) -> list[dict[str, Any]]:
+    """A run's measured steps and about twenty others."""
+    rows = read_jsonl(run / "metrics.jsonl", what="the run's curve")
+    every = max(1, len(rows) // 20)
+    return [row for row in rows if row.get("eval") or row["step"] % every == 0]
+
+
+def table(results: dict[str, Any]) -> str:
+    """Every run in Markdown: what it has in place of the recipe's settings, and its held-out numbers."""
+    lines = [
+        "| run | settings | held-out tau | full minus it | accept_len | token_acc | best step | train, s | budget, h |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for name, run in results.items():
+        settings = ", ".join(f"{key} {value or 'default'}" for key, value in run["changes"].items()) or "-"
+        if "failed" in run:
+            numbers = ["failed", "", "", "", "", ""]
+        else:
+            check, trained = run["check"], run["train"]
+            numbers = [
+                f"{check['replay']['tau_micro']:.3f} {_interval(check['replay']['tau_ci95'])}",
+                _difference(check),
+                f"{check['accept_len_mean']:.3f} {_interval(check['accept_len_ci95'])}",
+                f"{check['token_acc_mean']:.3f}",
+                str(trained["best"]["step"]),
+                f"{trained['seconds']:.0f}",
+            ]
+        hours = f"{sum(run['budget_s'].values()) / 3600:.2f}"
+        lines.append(f"| {' | '.join([name, settings, *numbers, hours])} |")
+    decoded = results["full"].get("decode")
+    if decoded:
+        interval = _interval(decoded["speedup_ci95"]) if decoded["speedup_ci95"] else ""
+        lines += [
+            "",
+            f"decode, {decoded['num_prompts']} prompts: tau {decoded['tau_micro']:.3f}, "
+            f"{decoded['tokens_per_s']:.1f} tokens/s, plain {decoded['plain_tokens_per_s']:.1f}: "
+            f"{decoded['speedup']:.2f} {interval} times as fast; tokens equal: {decoded['tokens_equal']}",
+        ]
+    return "\n".join(lines)
+
+
+def _interval(ends: Sequence[float], sign: str = "") -> str:
+    low, high = ends
+    return f"[{low:{sign}.3f}, {high:{sign}.3f}]"
+
+
+def _difference(check: dict[str, Any]) -> str:
+    """The full recipe's tau minus a run's, on the same prompts."""
+    if not check["comparison"] or check["comparison"][0]["tau"] is None:
+        return "-"
+    tau = check["comparison"][0]["tau"]
+    return f"{tau['difference']:+.3f} {_interval(tau['ci95'], '+')}"
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main(tyro.cli(Recipe)))
+    except InputError as error:
+        sys.stderr.write(f"smollm2: {error}\n")
+        sys.exit(2)
