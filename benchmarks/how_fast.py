@@ -132,6 +132,8 @@ def table(curves: Sequence[Curve]) -> str:
                 f"| {curve.name} | {drafts} | {one['tau_of_slowest_rows']:.2f} | {times} | {1 / curve.per_tau:.2f} "
                 f"| {one['predicted_speedup']:.2f} | {_ratio(one['speedup'])} | {one['share_of_predicted']:.0%} |"
             )
+    if not any("transformers" in curve.result for curve in curves):
+        return "\n".join(lines) + "\n"
     lines += ["", "| where | plain, tokens/s | weights read, GB/s | transformers, tokens/s | compiled | ours over the "
               "faster [95 %] |", "|---|---:|---:|---:|---:|---:|"]  # fmt: skip
     for curve in curves:
