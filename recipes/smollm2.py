@@ -39,7 +39,7 @@ RESPONSE_TOKENS_PER_S = 140
 CACHE_TOKENS_PER_S = 350
 GFLOP_PER_S = 125
 PROMPT_TOKENS, HELD_OUT_PROMPT_TOKENS = 117, 191  # with the chat template
-RESPONSE_SHARE = 0.85  # of the most tokens that a response may have
+RESPONSE_SHARE = 0.72  # of the most tokens that a response may have: of 64, 49 end before 160
 HEAD_GFLOP, LAYER_GFLOP, CONTEXT_GFLOP = 0.80, 0.21, 0.23  # an anchor of 8 slots, forward and backward
 MUON_GFLOP_PER_LAYER, MUON_GFLOP_PER_CAPTURED = 65, 5  # a step; as slow as if, its products are small
 EVALUATION_ANCHORS_PER_S = 200
@@ -64,7 +64,7 @@ class Recipe:
     in_process: bool = False
     """Run the stages in this process: imports and compiling are paid once. Their output goes to OUT/logs."""
 
-    mix: str = "problems=600,stdlib/complete=900,stdlib/implement=100"
+    mix: str = "problems=480,stdlib/complete=720,stdlib/implement=80"
     """Training prompts: SET[/FORM]=COUNT, the first so many of each."""
     choosing: str = "problems=16,stdlib/complete=16"
     """Prompts that RUN/best is chosen by, the last so many of each."""
@@ -149,8 +149,11 @@ def budget_s(recipe: Recipe) -> dict[str, float]:
     evaluated = EVALUATIONS * choosing * new / EVALUATION_ANCHORS_PER_S
     return {
         "target": START_S,
+        # a batch goes on until its longest response ends
         "responses": 3 * START_S
-        + ((prompts + choosing) * new + recipe.held_out * held_out_new) / RESPONSE_TOKENS_PER_S,
+        + ((prompts + choosing) * recipe.max_new_tokens + recipe.held_out * recipe.held_out_tokens)
+        / RESPONSE_TOKENS_PER_S
+        + ((prompts + choosing) * PROMPT_TOKENS + recipe.held_out * HELD_OUT_PROMPT_TOKENS) / CACHE_TOKENS_PER_S,
         "caches": 3 * START_S
         + (prompts + choosing) * (PROMPT_TOKENS + new) / CACHE_TOKENS_PER_S
         + recipe.held_out * (HELD_OUT_PROMPT_TOKENS + held_out_new) / CACHE_TOKENS_PER_S,
