@@ -60,7 +60,7 @@ class Recipe:
     vary: tuple[str, ...] = ()
     """Further runs, each with other settings: FIELD=VALUE[,FIELD=VALUE...]."""
     until_s: float = float("inf")
-    """No further run is begun when so many seconds have passed; the first always is."""
+    """No further run is begun when so many seconds have passed; the first always is, and those made are read."""
     in_process: bool = False
     """Run the stages in this process: imports and compiling are paid once. Their output goes to OUT/logs."""
 
@@ -172,7 +172,8 @@ def main(recipe: Recipe) -> int:
     if recipe.in_process:
         keep_compiled(recipe.out / "compiled")
     for name, changes in runs.items():
-        if results and time.monotonic() - started > recipe.until_s:
+        is_made = (recipe.out / "records" / f"check-{_tag(name)}.stage.json").exists()
+        if results and not is_made and time.monotonic() - started > recipe.until_s:
             sys.stderr.write(f"[{name}] not begun: {recipe.until_s:.0f} s are over\n")
             continue
         run = replace(recipe, **changes)
