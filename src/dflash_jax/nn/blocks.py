@@ -5,6 +5,7 @@ its output and each query's logsumexp, as flash attention does (arXiv 2205.14135
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -65,6 +66,9 @@ def _heads_first(tree: Any) -> Any:
 
 
 def _product(terms: str, *operands: Float[Array, "..."]) -> Float[Array, "..."]:
+    if jax.default_backend() == "cpu":
+        # XLA for CPUs widens 16-bit operands by itself, but not in every form of a product
+        operands = tuple(operand.astype(jnp.float32) for operand in operands)
     return product(terms, *operands, out=jnp.float32)
 
 
@@ -110,7 +114,7 @@ class _Slopes(NamedTuple):
 def _attend_backward(
     blocks: _Blocks, context: _Context, output: _Output, slope: Float[Array, "anchor kv_heads query head_dim"]
 ) -> tuple[_Context, _Slopes]:
-    """What some blocks add to the gradient of the context, float32, and their own gradients.
+    """What some blocks add to the gradient of the context, float32 and channels first, and their own gradients.
 
     With weights P = exp(scores - logsumexp) and slope G of the output O: dV = P' G, dP = G V', and
     dscores = P * (dP - sum(G * O)).
@@ -122,7 +126,8 @@ def _attend_backward(
     far_slope = far * (_product("kaqd,kcd->kaqc", slope, context.v) - common) * scale
     near_slope = near * (_product("kaqd,kasd->kaqs", slope, blocks.v) - common) * scale
     far, near, far_slope, near_slope = (part.astype(narrow) for part in (far, near, far_slope, near_slope))
-    shared = _Context(k=_product("kaqc,kaqd->kcd", far_slope, blocks.q), v=_product("kaqc,kaqd->kcd", far, slope))
+    # channels first: XLA's CPU product of many rows and few columns is half as fast the other way round
+    shared = _Context(k=_product("kaqd,kaqc->kdc", blocks.q, far_slope), v=_product("kaqd,kaqc->kdc", slope, far))
     mine = _Slopes(
         q=_product("kaqc,kcd->kaqd", far_slope, context.k) + _product("kaqs,kasd->kaqd", near_slope, blocks.k),
         k=_product("kaqs,kaqd->kasd", near_slope, blocks.q),
@@ -153,16 +158,37 @@ def _in_chunks(step: Callable[[Any, Any], Any], carry: Any, tree: Any, *, querie
     return carry, jax.tree_util.tree_map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:])[:anchors], out)
 
 
-@jax.custom_vjp
-def _attention(blocks: _Blocks, context: _Context) -> Float[Array, "anchor kv_heads query head_dim"]:
-    return _attention_forward(blocks, context)[0]
+# Parts of the context that a chunk of blocks may stop at, where the chunk's own reach is looked at.
+REACHES = 4
 
 
-def _attention_forward(blocks: _Blocks, context: _Context):  # noqa: ANN202  (a custom_vjp's pair)
+def _within_reach(compute: Callable[[_Context], Any], blocks: _Blocks, context: _Context) -> Any:
+    """`compute` of the first part of the context that holds all that some blocks see: a choice made at run time."""
+    rows = context.k.shape[1]
+    parts = sorted({-(-rows * part // REACHES) for part in range(1, REACHES + 1)})
+    longest = blocks.context_lengths.max()
+    choice = sum((longest > part).astype(jnp.int32) for part in parts[:-1])
+
+    def of(part: int) -> Callable[[], Any]:
+        return lambda: compute(_Context(k=context.k[:, :part], v=context.v[:, :part]))
+
+    return lax.switch(choice, [of(part) for part in parts])
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attention(looks: bool, blocks: _Blocks, context: _Context) -> Float[Array, "anchor kv_heads query head_dim"]:
+    """Attention of one sequence's blocks; `looks`: each chunk looks how far its blocks reach, and computes no more."""
+    return _attention_forward(looks, blocks, context)[0]
+
+
+def _attention_forward(looks: bool, blocks: _Blocks, context: _Context):  # noqa: ANN202  (a custom_vjp's pair)
+    def step(carry: Any, chunk: _Blocks) -> Any:
+        if looks:
+            return carry, _within_reach(lambda part: _attend(chunk, part), chunk, context)
+        return carry, _attend(chunk, context)
+
     queries = blocks.q.shape[1] * blocks.q.shape[2]
-    _, output = _in_chunks(
-        lambda carry, chunk: (carry, _attend(chunk, context)), (), blocks, queries=queries, context=context.k.shape[1]
-    )
+    _, output = _in_chunks(step, (), blocks, queries=queries, context=context.k.shape[1])
     return output.values, (blocks, context, output)
 
 
@@ -181,21 +207,26 @@ def as_another_value(tree: Any, slope: Any) -> Any:
     return jax.tree_util.tree_map(other, tree)
 
 
-def _attention_backward(kept: tuple[_Blocks, _Context, _Output], slope: Float[Array, "..."]):  # noqa: ANN202
+def _attention_backward(looks: bool, kept: tuple[_Blocks, _Context, _Output], slope: Float[Array, "..."]):  # noqa: ANN202
     blocks, context, output = kept
 
     def step(total: _Context, chunk: tuple[_Blocks, _Output, Float[Array, "..."]]):  # noqa: ANN202
-        shared, mine = _attend_backward(chunk[0], context, *chunk[1:])
+        def slopes(part: _Context) -> tuple[_Context, _Slopes]:
+            shared, mine = _attend_backward(chunk[0], part, *chunk[1:])
+            rest = context.k.shape[1] - part.k.shape[1]
+            return jax.tree_util.tree_map(lambda leaf: jnp.pad(leaf, ((0, 0), (0, 0), (0, rest))), shared), mine
+
+        shared, mine = _within_reach(slopes, chunk[0], context) if looks else slopes(context)
         return jax.tree_util.tree_map(jnp.add, total, shared), mine
 
-    zeros = _Context(*(jnp.zeros(part.shape, jnp.float32) for part in context))
+    zeros = _Context(*(jnp.zeros(part.swapaxes(1, 2).shape, jnp.float32) for part in context))
     queries = blocks.q.shape[1] * blocks.q.shape[2]
     if blocks.q.shape[0] <= anchors_per_chunk(
         blocks.q.shape[0], block=queries, heads=1, context=context.k.shape[1]
     ):  # no loop keeps the two passes' scores apart
         blocks = blocks._replace(q=as_another_value(blocks.q, slope))
     shared, mine = _in_chunks(step, zeros, (blocks, output, slope), queries=queries, context=context.k.shape[1])
-    shared = jax.tree_util.tree_map(lambda part, like: part.astype(like.dtype), shared, context)
+    shared = jax.tree_util.tree_map(lambda part, like: part.swapaxes(1, 2).astype(like.dtype), shared, context)
     return _Blocks(*mine, context_lengths=None, block_lengths=None), shared  # pyright: ignore[reportArgumentType]
 
 
@@ -322,7 +353,10 @@ def block_attention(
     *batch, anchors, block, heads, head_dim = q.shape
     kv_heads = context_k.shape[-3]
 
-    def one(q: Array, block_k: Array, block_v: Array, contexts: Array, lengths: Array, k: Array, v: Array) -> Array:
+    def one(
+        q: Array, block_k: Array, block_v: Array, contexts: Array, lengths: Array, k: Array, v: Array, *,
+        looks: bool = False,
+    ) -> Array:  # fmt: skip
         grouped = q.reshape(anchors, block, kv_heads, heads // kv_heads, head_dim).swapaxes(1, 2)
         blocks = _Blocks(
             q=grouped.reshape(anchors, kv_heads, -1, head_dim),
@@ -331,9 +365,14 @@ def block_attention(
             context_lengths=contexts,
             block_lengths=lengths,
         )
-        out = _attention(blocks, _Context(k=k, v=v))
+        out = _attention(looks, blocks, _Context(k=k, v=v))
         return out.reshape(grouped.shape).swapaxes(1, 2).reshape(anchors, block, heads, head_dim)
 
+    operands = (q, block_k, block_v, context_lengths, block_lengths, context_k, context_v)
+    in_chunks = anchors > anchors_per_chunk(anchors, block=block, heads=heads, context=context_k.shape[-2])
+    if len(batch) == 1 and in_chunks and jax.default_backend() == "cpu":
+        # one sequence after the other, as a choice at run time cannot be made for several at once
+        return lax.map(lambda some: one(*some, looks=True), operands)
     for _ in batch:
         one = jax.vmap(one)
-    return one(q, block_k, block_v, context_lengths, block_lengths, context_k, context_v)
+    return one(*operands)

@@ -10,31 +10,36 @@ from dflash_jax.nn.product import product
 
 
 @jax.custom_vjp
-def _narrow_product(
+def _product(
     x: Float[Array, "*rows in_features"], weight: Float[Array, "out_features in_features"]
 ) -> Float[Array, "*rows out_features"]:
-    """`x @ weight.T` in `x`'s dtype, of a weight that is kept wider; the weight's gradient is summed in its own dtype.
+    """`x @ weight.T` in `x`'s dtype, of a weight that may be kept wider; its gradient is summed in its own dtype.
 
     A cast before the product would have that gradient in `x`'s dtype: rounded, and over devices summed so. It must not
-    be mapped over sequences (`jax.vmap`), which would make one such gradient per sequence.
+    be differentiated under `jax.vmap` over sequences, which would make one such gradient per sequence.
     """
     return product("...i,oi->...o", x, weight.astype(x.dtype))
 
 
-def _narrow_forward(x: Float[Array, "..."], weight: Float[Array, "..."]):  # noqa: ANN202  (a custom_vjp's pair)
-    return _narrow_product(x, weight), (x, weight)
+def _forward(x: Float[Array, "..."], weight: Float[Array, "..."]):  # noqa: ANN202  (a custom_vjp's pair)
+    return _product(x, weight), (x, weight)
 
 
-def _narrow_backward(kept: tuple[Float[Array, "..."], Float[Array, "..."]], slope: Float[Array, "..."]):  # noqa: ANN202
+def _backward(kept: tuple[Float[Array, "..."], Float[Array, "..."]], slope: Float[Array, "..."]):  # noqa: ANN202
     x, weight = kept
+    to_x = product("...o,oi->...i", slope, weight.astype(x.dtype))
+    if jax.default_backend() == "cpu":
+        # XLA for CPUs transposes a copy of both where more than one axis is summed over; elsewhere the axes stay apart,
+        # as devices may split more than the first
+        x, slope = (part.reshape(-1, part.shape[-1]) for part in (x, slope))
     rows = tuple(range(x.ndim - 1))
     wide = lax.dot_general(
         slope, x, ((rows, rows), ((), ())), precision=lax.Precision.HIGHEST, preferred_element_type=weight.dtype
     )
-    return product("...o,oi->...i", slope, weight.astype(x.dtype)), wide
+    return to_x, wide
 
 
-_narrow_product.defvjp(_narrow_forward, _narrow_backward)
+_product.defvjp(_forward, _backward)
 
 
 class Linear(eqx.Module):
@@ -49,10 +54,7 @@ class Linear(eqx.Module):
 
     def __call__(self, x: Float[Array, "*rows in_features"]) -> Float[Array, "*rows out_features"]:
         """Return the projection in `x`'s dtype."""
-        if self.weight.dtype == x.dtype:
-            y = product("...i,oi->...o", x, self.weight)
-        else:
-            y = _narrow_product(x, self.weight)
+        y = _product(x, self.weight)
         if self.bias is None:
             return y
         return (y.astype(self.bias.dtype) + jnp.expand_dims(self.bias, tuple(range(y.ndim - 1)))).astype(x.dtype)
