@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int32
 
-from dflash_jax.nn.product import product
+from dflash_jax.nn.product import on_one_cpu, product
 
 # Scores over the context that one sequence has at once, float32: 8 MiB, which a CPU's caches still soften. An
 # accelerator, where launching a chunk costs as much as computing a small one, has 256 MiB of them.
@@ -370,7 +370,7 @@ def block_attention(
 
     operands = (q, block_k, block_v, context_lengths, block_lengths, context_k, context_v)
     in_chunks = anchors > anchors_per_chunk(anchors, block=block, heads=heads, context=context_k.shape[-2])
-    if len(batch) == 1 and in_chunks and jax.default_backend() == "cpu":
+    if len(batch) == 1 and in_chunks and on_one_cpu():
         # one sequence after the other, as a choice at run time cannot be made for several at once
         return lax.map(lambda some: one(*some, looks=True), operands)
     for _ in batch:

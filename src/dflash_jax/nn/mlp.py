@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from dflash_jax.nn.product import product
+from dflash_jax.nn.product import on_one_cpu, product
 
 
 @jax.custom_vjp
@@ -28,9 +28,9 @@ def _forward(x: Float[Array, "..."], weight: Float[Array, "..."]):  # noqa: ANN2
 def _backward(kept: tuple[Float[Array, "..."], Float[Array, "..."]], slope: Float[Array, "..."]):  # noqa: ANN202
     x, weight = kept
     to_x = product("...o,oi->...i", slope, weight.astype(x.dtype))
-    if jax.default_backend() == "cpu":
-        # XLA for CPUs transposes a copy of both where more than one axis is summed over; elsewhere the axes stay apart,
-        # as devices may split more than the first
+    if on_one_cpu():
+        # XLA for CPUs transposes a copy of both where more than one axis is summed over; where there are several devices,
+        # axes after the first may be split and stay apart
         x, slope = (part.reshape(-1, part.shape[-1]) for part in (x, slope))
     rows = tuple(range(x.ndim - 1))
     wide = lax.dot_general(

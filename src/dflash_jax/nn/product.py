@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
@@ -20,3 +21,8 @@ def product(terms: str, *operands: Float[Array, "..."], out: Any = None) -> Floa
         out: dtype of sums and result; None: the operands'.
     """
     return jnp.einsum(terms, *operands, precision=lax.Precision.HIGHEST, preferred_element_type=out)
+
+
+def on_one_cpu() -> bool:
+    """Whether programs run on one CPU device, where no mesh splits an axis and XLA is helped by other forms."""
+    return jax.default_backend() == "cpu" and jax.device_count() == 1
