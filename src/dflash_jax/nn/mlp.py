@@ -29,8 +29,8 @@ def _backward(kept: tuple[Float[Array, "..."], Float[Array, "..."]], slope: Floa
     x, weight = kept
     to_x = product("...o,oi->...i", slope, weight.astype(x.dtype))
     if on_one_cpu():
-        # XLA for CPUs transposes a copy of both where more than one axis is summed over; where there are several devices,
-        # axes after the first may be split and stay apart
+        # XLA for CPUs transposes a copy of both where more than one axis is summed over; where devices are many, axes
+        # after the first may be split and stay apart
         x, slope = (part.reshape(-1, part.shape[-1]) for part in (x, slope))
     rows = tuple(range(x.ndim - 1))
     wide = lax.dot_general(
