@@ -38,12 +38,13 @@ def source(responses, target, **changes):
 
 
 @pytest.mark.slow
-def test_a_live_step_equals_a_cached_one(tmp_path, target_folder, responses):
+@pytest.mark.parametrize("loss", ["cross-entropy", "kl"])
+def test_a_live_step_equals_a_cached_one(loss, tmp_path, target_folder, responses):
     """On the same batch, at an offset, with a cache of the same texts built by the package."""
-    offset = 4096
-    built = tiny_chain.build_cache(tmp_path / "cache", target_folder, responses, position_offsets=(offset,))
+    offset, soft = 4096, {"top_k": 5} if loss == "kl" else {}
+    built = tiny_chain.build_cache(tmp_path / "cache", target_folder, responses, position_offsets=(offset,), **soft)
     target = load_target(target_folder)
-    config = tiny_chain.train_config(target_folder, built, tmp_path / "run", sequences_per_step=8)
+    config = tiny_chain.train_config(target_folder, built, tmp_path / "run", sequences_per_step=8, loss=loss)
     shape = drafter_config(
         target, capture_layers=tiny.CAPTURE_LAYERS, num_layers=1, block_size=5, mask_token_id=tiny.MASK_ID
     )
@@ -56,7 +57,8 @@ def test_a_live_step_equals_a_cached_one(tmp_path, target_folder, responses):
     stored = cached_batch(built, texts)
     step = make_step(config)
     expected = step(fresh(), target.embed_tokens, target.head, stored)[1]
-    live_step = make_live_step(make_step(config), config, capture_layers=live.capture_layers)
+    told = dataclasses.replace(config, features="live", cache=None, responses=responses, **soft)
+    live_step = make_live_step(make_step(told), told, capture_layers=live.capture_layers)
     result = live_step(fresh(), target, texts)[1]
     # measured: equal to the last bit or 2e-7
     assert float(result.statistics.loss) == pytest.approx(float(expected.statistics.loss), rel=1e-6)
@@ -177,3 +179,19 @@ def test_the_fingerprint_is_that_of_a_cache(target_folder, responses):
     assert isinstance(live, LiveSource)
     rope = read_target_config(target_folder).rope.to_json()
     assert live.fingerprint == {"target_weights": "w", "rope": rope, "capture_layers": [1, 3]}
+
+
+def test_kl_live_does_not_split_the_head(tmp_path, target_folder, responses):
+    config = live_config(target_folder, responses, tmp_path / "run", loss="kl", mesh="data=1,model=2")
+    with pytest.raises(InputError, match="--loss kl with --features live meets the whole head on every device, and"):
+        train(config)
+
+
+def test_top_k_is_of_live_kl_alone(tmp_path, target_folder, responses, cache):
+    config = live_config(target_folder, responses, tmp_path / "run", loss="kl")
+    assert config.live_top_k == 32
+    assert dataclasses.replace(config, loss="cross-entropy").live_top_k == 0
+    cached = {"features": "cached", "responses": None, "cache": cache, "capture_layers": None}
+    for given in ({"loss": "cross-entropy"}, cached):
+        with pytest.raises(InputError, match="--top-k is the cache's, and of --loss kl alone"):
+            dataclasses.replace(config, top_k=4, **given)

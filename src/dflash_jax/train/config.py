@@ -18,6 +18,9 @@ Optimizer = Literal["adamw", "muon"]
 Schedule = Literal["cosine", "wsd", "linear", "constant"]
 
 
+DEFAULT_TOP_K = 32
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainConfig:
     """Train a DFlash drafter on a feature cache, or on features that the target computes in every step."""
@@ -67,7 +70,9 @@ class TrainConfig:
     """Stop where the loss stays above this times the running median for five steps (of at least 0.5 nats); 0: never."""
     loss: Loss = "cross-entropy"
     """"cross-entropy" against the target's greedy token; "d-pace", the same weighed by how far a block is likely to be
-    accepted; "kl" from the target's distribution, of a cache built with --top-k."""
+    accepted; "kl" from the target's distribution, of a cache built with --top-k or live."""
+    top_k: int | None = None
+    """With --features live and --loss kl: likeliest tokens of the target that a slot learns from; default 32."""
     loss_denominator: Denominator = "weights"
     """What the weighted loss is divided by: the sum of the "weights" (SpecForge) or the number of "labels"
     (speculators)."""
@@ -126,6 +131,7 @@ class TrainConfig:
             "keep",
             "eval_every",
             "length",
+            "top_k",
         ):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -171,6 +177,11 @@ class TrainConfig:
         )
 
     @property
+    def live_top_k(self) -> int:
+        """Likeliest tokens that live sequences have; 0 where the loss asks for none."""
+        return (self.top_k or DEFAULT_TOP_K) if self.loss == "kl" else 0
+
+    @property
     def compute(self) -> Compute:
         """How the drafter is computed."""
         return Compute(dtype=jnp.dtype(self.dtype), remat=self.remat)
@@ -189,6 +200,8 @@ class TrainConfig:
             raise InputError(f"--features {self.features} needs --{needed}, and no --{other}")
         if not is_live and not is_imagined and (self.capture_layers is not None or self.position_offsets != "0"):
             raise InputError("--capture-layers and --position-offsets are the cache's: give them with --features live")
+        if self.top_k is not None and not (is_live and self.loss == "kl"):
+            raise InputError("--top-k is the cache's, and of --loss kl alone: give it with --features live --loss kl")
         parse_offsets(self.position_offsets)
         if not self.plan and (self.device is not None or self.length is not None):
             raise InputError("--device and --length only tell --plan what to count: give them with it")

@@ -6,6 +6,7 @@ from typing import Any
 
 import equinox as eqx
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Int32
@@ -14,6 +15,7 @@ from dflash_jax import targets
 from dflash_jax.cache import Responses, epoch_order, read_responses
 from dflash_jax.core import InputError
 from dflash_jax.drafter import StoredSequence
+from dflash_jax.nn import top_tokens
 from dflash_jax.train.config import TrainConfig
 from dflash_jax.train.data import bucket
 from dflash_jax.train.offsets import Offsets
@@ -42,13 +44,16 @@ class Texts(eqx.Module):
     position_offset: Int32[Array, " batch"]
 
 
-def live_sequences(target: targets.Target, texts: Texts, *, capture_layers: tuple[int, ...]) -> StoredSequence:
+def live_sequences(
+    target: targets.Target, texts: Texts, *, capture_layers: tuple[int, ...], top_k: int = 0
+) -> StoredSequence:
     """Return what a cache would have stored of a batch: features and next_ids by a prefill, in the target's dtype.
 
     Args:
         target: frozen; nothing is differentiated through it.
         texts: the batch.
         capture_layers: 0-based layers whose outputs are the features, in this order.
+        top_k: likeliest tokens after each token to store too, log-probabilities rounded as a cache rounds them.
     """
     output = targets.prefill(
         target,
@@ -57,10 +62,13 @@ def live_sequences(target: targets.Target, texts: Texts, *, capture_layers: tupl
         position_offset=texts.position_offset,
         capture_layers=capture_layers,
     )
+    ids, logprobs = top_tokens(output.hidden, target.head, count=top_k) if top_k else (None, None)
     return StoredSequence(
         features=output.features,
         token_ids=texts.token_ids,
-        next_ids=targets.next_ids(target, output.hidden),
+        next_ids=targets.next_ids(target, output.hidden) if ids is None else ids[..., 0],
+        top_ids=ids,
+        top_logprobs=None if logprobs is None else logprobs.astype(jnp.float16),
         length=texts.length,
         features_len=texts.length,
         prompt_len=texts.prompt_len,
@@ -182,7 +190,7 @@ def make_live_step(
     """
 
     def whole(state: Any, target: targets.Target, texts: Texts) -> Any:
-        sequences = live_sequences(target, texts, capture_layers=capture_layers)
+        sequences = live_sequences(target, texts, capture_layers=capture_layers, top_k=config.live_top_k)
         return step(state, *frozen_ends(target.embed_tokens, target.head, config), sequences)
 
     return jax.jit(whole, donate_argnums=(0,))
