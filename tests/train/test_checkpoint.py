@@ -3,8 +3,9 @@
 import jax.numpy as jnp
 import pytest
 
+from dflash_jax.accept import evaluate_cache, summarise
 from dflash_jax.cache import open_cache
-from dflash_jax.core import InputError
+from dflash_jax.core import InputError, no_progress
 from dflash_jax.drafter import load_drafter
 from dflash_jax.targets import load_target
 from dflash_jax.train.checkpoint import RunFolder, best_step, open_writer
@@ -103,3 +104,25 @@ def test_held_out_prompts_must_be_unseen_and_of_the_same_target(cache):
     told = held_out.measure(tiny.random_drafter(tiny.tiny_drafter_config()), target.embed_tokens, target.head)
     assert (told["num_prompts"], told["num_seen"]) == (3, 5)
     assert 1 <= told["tau_micro"] <= 5
+
+
+def test_held_out_tau_and_its_interval_are_those_of_a_check(cache):
+    target, drafter = load_target(tiny.tiny_target()), tiny.random_drafter(tiny.tiny_drafter_config())
+    held_out = open_held_out(cache, fingerprint={}, seen=frozenset(), max_positions=160, where="the target here")
+    results = evaluate_cache(
+        drafter,
+        target.embed_tokens,
+        target.head,
+        open_cache(cache),
+        max_positions=160,
+        block_size=drafter.config.block_size,
+        anchors_per_chunk=64,
+        position_offsets=None,
+        progress=no_progress,
+    )
+    replay = (summarise(results, samples=2000, seed=0) or {})["replay"]
+    told = held_out.measure(drafter, target.embed_tokens, target.head)
+    low, high = told["tau_ci95"]
+    assert low < told["tau_micro"] < high
+    assert told["tau_micro"] == pytest.approx(replay["tau_micro"], abs=1e-12)
+    assert told["tau_ci95"] == pytest.approx(replay["tau_ci95"], abs=1e-12)

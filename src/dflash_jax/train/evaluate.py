@@ -9,12 +9,13 @@ import jax
 import numpy as np
 from jaxtyping import Array, Float
 
-from dflash_jax.accept import evaluate_cache, replay_blocks
+from dflash_jax.accept import bootstrap_interval, evaluate_cache, replay_blocks
 from dflash_jax.cache import Cache, check_fingerprint, open_cache
 from dflash_jax.core import InputError, no_progress
 from dflash_jax.drafter import Drafter
 
 ANCHORS_PER_CHUNK = 64
+BOOTSTRAP_SAMPLES = 2000
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -39,9 +40,9 @@ class HeldOut:
         """Return what decoding of the held-out responses would have been.
 
         Returns:
-            `tau_micro` (tokens per block, blocks pooled), `tau_macro` (mean of the prompts' means), `accept_len_mean`
-            and `token_acc_mean` (over all anchors, as `check` has them), `num_prompts`, `num_seen` (left out),
-            `seconds`.
+            `tau_micro` (tokens per block, blocks pooled), `tau_ci95` (its 95 % bootstrap interval over prompts, as
+            `check` has it), `tau_macro` (mean of the prompts' means), `accept_len_mean` and `token_acc_mean` (over all
+            anchors, as `check` has them), `num_prompts`, `num_seen` (left out), `seconds`.
         """
         started = time.perf_counter()
         results = evaluate_cache(
@@ -60,11 +61,13 @@ class HeldOut:
         for result in results:
             by_prompt.setdefault(result.prompt_hash, []).extend(replay_blocks(result))
         blocks = [np.asarray(own) for own in by_prompt.values()]
+        sums = np.array([[own.sum(), own.size] for own in blocks], float)
         accepted = np.concatenate([result.accepted[result.whole] for result in results])
         labelled = np.concatenate([result.labelled for result in results])
         correct = np.concatenate([result.correct for result in results])
         return {
             "tau_micro": float(np.concatenate(blocks).mean()),
+            "tau_ci95": list(bootstrap_interval(sums, samples=BOOTSTRAP_SAMPLES, seed=0)),
             "tau_macro": float(np.mean([own.mean() for own in blocks])),
             "accept_len_mean": float(accepted.mean()) if accepted.size else 0.0,
             "token_acc_mean": float(correct.sum() / max(int(labelled.sum()), 1)),
