@@ -18,7 +18,7 @@ from support import tiny, tiny_chain
 
 OFFSETS = "0,4096,65536"
 SEEN = ("a", "hello th", "0123 (ab) tho", "q.", "th!", "zz top, of", "x:", "say (a, b)", "no 1", "n o p q r s t")
-UNSEEN = ("b", "hello you", "9876 (xy)", "r.", "the", "aa and bb", "y:", "do (c)", "no 2", "u v w x y z 0")
+UNSEEN = ("b", "hello you", "9876 (xy)", "r.", "the", "aa and bb", "y:", "do (c)", "no 3", "u v w x y 1")
 
 
 def _run(*arguments: str, exit_code: int = 0) -> None:
@@ -57,7 +57,7 @@ def make_records() -> None:
     _prompts("held-out.jsonl", UNSEEN, name="held-out")
     _cache("train")
     _cache("mixed", offsets=OFFSETS)
-    _train()
+    _train("--eval-cache", "cache-mixed", "--eval-every", "30")
     checked = ["check", "--target", "target", "--drafter", "run/run-120", "--cache"]
     _run(*checked, "cache-train", "--json", "check-seen.json")
     _run(*checked, "cache-mixed", "--json", "check.json")
