@@ -3,6 +3,7 @@
 The records are those that the commands wrote on the tiny target (tests/support/tiny_records.py).
 """
 
+import json
 import re
 from pathlib import Path
 
@@ -237,6 +238,34 @@ def test_without_scripts_every_number_is_still_there(browser, pages):
     assert page.locator("table:visible").count() == page.locator("table").count() >= 4
     assert page.locator("button:visible").count() == 0
     context.close()
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_ten_records_of_seen_prompts_have_one_box_that_names_them(browser, tmp_path, scheme):
+    document = json.loads((RECORDS / "check-seen.json").read_text(encoding="utf-8"))
+    paths = [tmp_path / f"{place}.json" for place in range(10)]
+    for place, path in enumerate(paths):
+        path.write_text(json.dumps(document | {"drafter": f"runs/run-{place}"}), encoding="utf-8")
+    write_report(ReportConfig(inputs=(*paths, RECORDS / "check.json"), out=tmp_path / "page.html"))
+    for viewport in ({"width": 1280, "height": 800}, PHONE):
+        with browsing.visit(browser, tmp_path / "page.html", viewport=viewport, color_scheme=scheme) as visit:
+            page = visit.page
+            _all_drawn(page)
+            alarm = page.get_by_role("alert")  # the locator is strict: a second box would fail
+            assert "in 10 of 11 checks" in (alarm.text_content() or "")
+            named = alarm.get_by_role("listitem").all_inner_texts()
+            assert named == [f"check of {'ABCDEFGHIJ'[place]}) runs/run-{place} (10 prompts)" for place in range(10)]
+            box = alarm.bounding_box()
+            assert box is not None
+            assert box["y"] < 0.3 * viewport["height"]
+            assert box["width"] > 0.85 * viewport["width"]
+            # on a screen all of it is seen without scrolling, on a phone its headline and what it means
+            seen = box if viewport is not PHONE else alarm.locator("p").bounding_box()
+            assert seen is not None
+            assert seen["y"] + seen["height"] < viewport["height"]
+            assert page.locator(".flag:visible").count() == 10
+            assert page.evaluate("document.documentElement.scrollWidth") <= viewport["width"]
+            _sound(visit)
 
 
 EVIL = "</script><script>document.title='pwned'</script><img src=x onerror=\"document.title='pwned'\">"

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dflash_jax.report.check_record import Bucket, Check, Comparison, Difference
 from dflash_jax.report.check_tables import difference_text, first_offset
 from dflash_jax.report.sentences import Mark, Sentence, Tile, interval_words
-from dflash_jax.report.tables import plural, with_interval
+from dflash_jax.report.tables import with_interval
 
 MARGIN = 0.1
 """Accepted tokens: a difference within it is of no account. The same as parity's default (docs/design/005)."""
@@ -28,19 +28,6 @@ def offset_verdict(difference: Difference) -> str:
 def _with(check: Check, verdict: str) -> dict[int, Difference]:
     """The offsets that have a verdict."""
     return {offset: item for offset, item in check.differences.items() if offset_verdict(item) == verdict}
-
-
-def alarm(check: Check) -> Sentence | None:
-    """What must not be overlooked: the measured prompts are those that the drafter was trained on."""
-    if not check.only_seen:
-        return None
-    prompts = "" if check.total.num_prompts is None else f" All {plural(check.total.num_prompts, 'prompt')} measured"
-    prompts = prompts or " Every prompt measured"
-    text = (
-        f"{prompts.strip()} are among those that {check.label} was trained on. The numbers show what it remembers; they"
-        " say nothing about new prompts. Check it on a cache of other prompts before believing any of them."
-    )
-    return Sentence(mark="bad", lead="Only prompts the drafter was trained on were measured", text=text)
 
 
 def _acceptance(check: Check) -> Sentence:

@@ -5,13 +5,14 @@ from typing import Any
 
 from dflash_jax.report import agree_record, check_tables, parity_tables, tables
 from dflash_jax.report.agree_record import Agree
+from dflash_jax.report.alarm import Alarm, seen_alarm
 from dflash_jax.report.check_record import Check
 from dflash_jax.report.parity_record import Parity
 from dflash_jax.report.records import Records, records_from_json
 from dflash_jax.report.run_record import Decode
 from dflash_jax.report.sentences import Sentence
 from dflash_jax.report.tables import code, escape, lettered, with_interval
-from dflash_jax.report.verdict import alarms, write_verdict
+from dflash_jax.report.verdict import Group, write_verdict
 
 MARKS = {"good": "✓", "warn": "!", "bad": "✕", "info": "·"}
 
@@ -22,11 +23,22 @@ def _lines(sentences: Sequence[Sentence]) -> Iterator[str]:
         yield f"- {MARKS[sentence.mark]} **{escape(sentence.lead)}**: {escape(sentence.text)}"
 
 
-def _warnings(sentences: Sequence[Sentence]) -> Iterator[str]:
-    """What stands above everything else, as quotes."""
-    for sentence in sentences:
-        yield f"> **WARNING: {escape(sentence.lead).upper()}.** {escape(sentence.text)}"
+def _alarm(alarm: Alarm) -> Iterator[str]:
+    """What stands above everything else, as one quote."""
+    yield f"> **WARNING: {escape(alarm.lead).upper()}.** {escape(alarm.text)}"
+    yield from (">", *(f"> - {escape(item)}" for item in alarm.items)) if alarm.items else ()
+    yield ""
+
+
+def _group(group: Group) -> Iterator[str]:
+    """What is said of one record, its heading first."""
+    if group.heading:
+        flag = f" ({group.flag.upper()})" if group.flag else ""
+        yield f"**{escape(group.heading)}**{flag}"
         yield ""
+
+    yield from _lines(group.sentences)
+    yield ""
 
 
 def _check(letter: str, check: Check) -> Iterator[str]:
@@ -101,10 +113,10 @@ def _checks(records: Records) -> Iterator[str]:
 def render_markdown(records: Records, *, title: str | None) -> str:
     """All records as one Markdown document: warnings, verdict, then a section for each record."""
     lines = [f"# {escape(title)}", ""] if title else []
-    lines += _warnings(alarms(records))
+    if alarm := seen_alarm(records):
+        lines += _alarm(alarm)
     for group in write_verdict(records):
-        lines += [f"**{escape(group.heading)}**", ""] if group.heading else []
-        lines += [*_lines(group.sentences), ""]
+        lines += _group(group)
     for parity in records.parities:
         lines += _parity(parity)
     lines += _checks(records)

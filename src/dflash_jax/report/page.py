@@ -25,6 +25,7 @@ from dflash_jax.report import (
     run_figures,
     tables,
 )
+from dflash_jax.report.alarm import seen_alarm
 from dflash_jax.report.artefacts import artefacts
 from dflash_jax.report.check_record import Check
 from dflash_jax.report.config import ReportConfig
@@ -36,7 +37,7 @@ from dflash_jax.report.records import Records, read_records
 from dflash_jax.report.run_record import Run, Sample
 from dflash_jax.report.samples import cut_into_blocks, spread_by_tau
 from dflash_jax.report.tables import Table
-from dflash_jax.report.verdict import alarms, write_verdict
+from dflash_jax.report.verdict import write_verdict
 
 MAX_SAMPLES = 24
 
@@ -176,7 +177,7 @@ def _context(records: Records, title: str | None) -> dict[str, Any]:
     heading = title or _heading(records)
     context: dict[str, Any] = {
         "title": heading,
-        "alarms": alarms(records),
+        "alarm": seen_alarm(records),
         "verdict": write_verdict(records),
         "markdown": render_markdown(records, title=heading),
         "parity_panels": _parity_panels(records.parities),

@@ -25,6 +25,11 @@ REFERENCE = (
     " the smallest offset."
 )
 
+SEEN_WARNING = (
+    "WARNING: ONLY PROMPTS THE DRAFTER WAS TRAINED ON were measured. Parity may be read off them, how much is accepted"
+    " may not."
+)
+
 
 def link_name(name: str) -> str:
     """A link, or a probe, as a page writes it."""
@@ -55,7 +60,8 @@ def offsets_table(parity: Parity) -> Table:
         tau_text = f"{tau.tau_micro:.3f}" if tau else NONE
         rows.append(("reference", NONE, accept_len_text(parity.reference), NONE, tau_text, NONE))
     columns = ("ctx_pos_start", "verdict", "accept_len_mean [95 %]", "difference to reference [95 %]", "tau")
-    notes = [REFERENCE + " Differences are paired by anchor."]
+    notes = [SEEN_WARNING] if parity.only_seen else []
+    notes.append(REFERENCE + " Differences are paired by anchor.")
     if parity.margin is not None:
         notes.append(
             f"holds: the whole interval lies within ±{parity.margin:g} accepted tokens; broken: it leaves out 0 and its"

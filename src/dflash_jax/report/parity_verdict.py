@@ -93,17 +93,6 @@ def _memory(parity: Parity) -> Sentence | None:
     return Sentence(mark="warn" if clear else "info", lead="Seen and unseen", text=text)
 
 
-def alarm(parity: Parity) -> Sentence | None:
-    """What must not be overlooked: the measured prompts are those that the drafter was trained on."""
-    if not parity.only_seen:
-        return None
-    text = (
-        f"Every prompt measured is among those that {parity.label} was trained on. Parity itself may be read off them;"
-        " how much is accepted may not: the numbers show what the drafter remembers."
-    )
-    return Sentence(mark="bad", lead="Only prompts the drafter was trained on were measured", text=text)
-
-
 def parity_sentences(parity: Parity) -> list[Sentence]:
     """Everything to be said about one parity: the verdict, the cause, memory, its own warnings and notes."""
     sentences = [said for say in (_broken, _cause, _undecided, _holds, _memory) if (said := say(parity))]

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from dflash_jax.report import check_tables, check_verdict, parity_verdict
 from dflash_jax.report.agree_record import agree_sentences, agree_tiles
+from dflash_jax.report.alarm import FLAG
 from dflash_jax.report.records import Records
 from dflash_jax.report.run_record import Decode, Run
 from dflash_jax.report.sentences import Mark, Sentence, Tile
@@ -48,13 +49,6 @@ def _training(run: Run) -> Sentence:
     return Sentence(mark="info", lead="Training", text=text)
 
 
-def alarms(records: Records) -> list[Sentence]:
-    """What stands above everything else."""
-    found = [check_verdict.alarm(check) for check in records.checks]
-    found += [parity_verdict.alarm(parity) for parity in records.parities]
-    return [sentence for sentence in found if sentence]
-
-
 def decode_tiles(decode: Decode) -> list[Tile]:
     """A decode record's key numbers."""
     tiles = [Tile(name="decode tau", value=f"{decode.tau_micro:.2f}", under=f"micro, {decode.num_prompts:,} prompts")]
@@ -90,11 +84,15 @@ def run_tiles(run: Run) -> list[Tile]:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Group:
-    """What is said of one record, or of all of them where no kind occurs twice (the heading is then empty)."""
+    """What is said of one record, or of all of them where no kind occurs twice (the heading is then empty).
+
+    `flag` is a warning in a few words, beside the heading.
+    """
 
     heading: str
     sentences: tuple[Sentence, ...]
     tiles: tuple[Tile, ...]
+    flag: str = ""
 
 
 def _decode_sentences(decode: Decode) -> list[Sentence]:
@@ -117,11 +115,13 @@ def _of_each(records: Records) -> Iterator[Group]:
     """A group per record."""
     for parity in records.parities:
         sentences, tiles = parity_verdict.parity_sentences(parity), parity_verdict.parity_tiles(parity)
-        yield Group(heading=f"Parity: {parity.label}", sentences=tuple(sentences), tiles=tuple(tiles))
+        flag = FLAG if parity.only_seen else ""
+        yield Group(heading=f"Parity: {parity.label}", sentences=tuple(sentences), tiles=tuple(tiles), flag=flag)
     yield from _checks_together(records)
     for name, check in zip(check_tables.lettered_labels(records.checks), records.checks, strict=True):
         sentences, tiles = check_verdict.check_sentences(check), check_verdict.check_tiles(check)
-        yield Group(heading=name, sentences=tuple(sentences), tiles=tuple(tiles))
+        flag = FLAG if check.only_seen else ""
+        yield Group(heading=name, sentences=tuple(sentences), tiles=tuple(tiles), flag=flag)
     for agree in records.agreements:
         sentences, tiles = agree_sentences(agree), agree_tiles(agree)
         yield Group(heading=f"Agreement: {agree.label}", sentences=tuple(sentences), tiles=tuple(tiles))
