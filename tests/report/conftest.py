@@ -184,6 +184,21 @@ def decode(**changes: Any) -> dict[str, Any]:
     return document | changes
 
 
+def flip(name: str, **changes: Any) -> dict[str, Any]:
+    """One entry of a decode record's `differences`: a near tie that rounding explains."""
+    row = {"id": name, "index": 17, "plain_token": 260, "speculative_token": 284, "plain_text": " a"}
+    row |= {"plain_margin": 0.03125, "speculative_margin": 0.0625, "speculative_text": "\n", "reproduced": True}
+    row |= {"difference_here": 0.1, "difference_p50": 0.05, "difference_max": 0.125, "explained": True}
+    return row | changes
+
+
+def held_out(tau: float, **changes: Any) -> dict[str, Any]:
+    """The `eval` of a step."""
+    row = {"tau_micro": tau, "tau_ci95": [tau - 0.05, tau + 0.05], "tau_macro": tau + 0.02, "accept_len_mean": tau - 1}
+    row |= {"token_acc_mean": 0.25, "num_prompts": 24, "num_seen": 0, "seconds": 3.0}
+    return row | changes
+
+
 def detail(number: int, **changes: Any) -> dict[str, Any]:
     """One row of decode details: blocks of 1 to 5 tokens over made-up code."""
     accepted = [1 + (number * 7 + 3 * place * place) % 5 * (place % 3 == 0) for place in range(40)]
@@ -254,6 +269,8 @@ class Builder:
     parity = staticmethod(parity)
     decode = staticmethod(decode)
     detail = staticmethod(detail)
+    flip = staticmethod(flip)
+    held_out = staticmethod(held_out)
     metrics = staticmethod(metrics)
     write_json = staticmethod(write_json)
     write_jsonl = staticmethod(write_jsonl)

@@ -24,6 +24,7 @@ KINDS = {
     "parity-broken": ("parity-broken.json",),
     "run": ("run",),
     "decode": ("decode.json", "decoded.jsonl"),
+    "bfloat16": ("../smollm2/decode-bfloat16.json",),
     "mix": ("parity-broken.json", "check.json", "check-seen.json", "decode.json", "decoded.jsonl", "run"),
 }
 PHONE = {"width": 390, "height": 844}
@@ -152,6 +153,26 @@ def test_a_hover_shows_the_records_value_and_interval(browser, pages):
         _sound(visit)
 
 
+def test_a_hover_shows_held_out_tau_at_the_best_step(browser, pages):
+    best = read_records([RECORDS / "run"]).runs[0].best
+    assert best is not None
+    assert best.tau_ci95 is not None
+    with browsing.visit(browser, pages / "run.html") as visit:
+        page = visit.page
+        _all_drawn(page)
+        page.locator("#figure-held-out").scroll_into_view_if_needed()
+        star = page.locator("#figure-held-out .scatterlayer .trace").nth(1).locator(".point").bounding_box()
+        assert star is not None
+        page.mouse.move(star["x"] + star["width"] / 2, star["y"] + star["height"] / 2, steps=4)
+        hover = page.locator("#figure-held-out .hoverlayer .hovertext").first
+        hover.wait_for()
+        text = " ".join((hover.text_content() or "").split())
+        low, high = best.tau_ci95.low, best.tau_ci95.high
+        assert f"step {best.step}: tau {best.tau_micro:.3f} (95 % {low:.3f} to {high:.3f})" in text
+        assert f"{best.num_prompts} prompts" in text
+        _sound(visit)
+
+
 def test_tabs_and_buttons_work_from_the_keyboard(browser, pages):
     with browsing.visit(browser, pages / "check.html") as visit:
         page = visit.page
@@ -218,28 +239,6 @@ def test_the_warning_of_seen_prompts_is_seen_first(browser, pages):
         assert visit.page.get_by_role("alert").count() == 0
 
 
-def test_the_clipboards_old_way_works_where_the_new_one_is_refused(browser, pages):
-    with browsing.visit(browser, pages / "run.html") as visit:
-        page = visit.page
-        page.evaluate("() => { navigator.clipboard.writeText = () => Promise.reject(new Error('refused')); }")
-        button = page.locator(".table button.copy").first
-        wanted = button.get_attribute("data-markdown")
-        button.click()
-        page.wait_for_function(f"async text => (await {READ}) === text", arg=wanted)
-        _sound(visit)
-
-
-def test_without_scripts_every_number_is_still_there(browser, pages):
-    context = browser.new_context(java_script_enabled=False, offline=True)
-    page = context.new_page()
-    page.goto((pages / "check.html").as_uri())
-    # The parser of a browser that is only told to run nothing still leaves <noscript> closed: its text is looked for.
-    assert "The figures need JavaScript" in page.content()
-    assert page.locator("table:visible").count() == page.locator("table").count() >= 4
-    assert page.locator("button:visible").count() == 0
-    context.close()
-
-
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_ten_records_of_seen_prompts_have_one_box_that_names_them(browser, tmp_path, scheme):
     document = json.loads((RECORDS / "check-seen.json").read_text(encoding="utf-8"))
@@ -266,6 +265,28 @@ def test_ten_records_of_seen_prompts_have_one_box_that_names_them(browser, tmp_p
             assert page.locator(".flag:visible").count() == 10
             assert page.evaluate("document.documentElement.scrollWidth") <= viewport["width"]
             _sound(visit)
+
+
+def test_the_clipboards_old_way_works_where_the_new_one_is_refused(browser, pages):
+    with browsing.visit(browser, pages / "run.html") as visit:
+        page = visit.page
+        page.evaluate("() => { navigator.clipboard.writeText = () => Promise.reject(new Error('refused')); }")
+        button = page.locator(".table button.copy").first
+        wanted = button.get_attribute("data-markdown")
+        button.click()
+        page.wait_for_function(f"async text => (await {READ}) === text", arg=wanted)
+        _sound(visit)
+
+
+def test_without_scripts_every_number_is_still_there(browser, pages):
+    context = browser.new_context(java_script_enabled=False, offline=True)
+    page = context.new_page()
+    page.goto((pages / "check.html").as_uri())
+    # The parser of a browser that is only told to run nothing still leaves <noscript> closed: its text is looked for.
+    assert "The figures need JavaScript" in page.content()
+    assert page.locator("table:visible").count() == page.locator("table").count() >= 4
+    assert page.locator("button:visible").count() == 0
+    context.close()
 
 
 EVIL = "</script><script>document.title='pwned'</script><img src=x onerror=\"document.title='pwned'\">"

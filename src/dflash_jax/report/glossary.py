@@ -25,5 +25,11 @@ GLOSSARY = {
     " others stay: mended in the engine's chain, or spoiled in a sound one. The link that turns the outcome is to"
     " blame.",
     "seen, unseen": "Prompts that the drafter was trained on, and held-out ones, told apart by a hash of the prompt.",
+    "held-out tau, best": "While training with `--eval-cache`: replay tau on prompts not trained on. `best` is the step"
+    " of the highest one, so on these prompts it is flattered.",
+    "explained by rounding": "Verification feeds a block at once, plain decoding a token at a time: the same sums,"
+    " rounded otherwise. In bfloat16 a near tie may fall either way. A flip is explained where the margin between its"
+    " two tokens is within what rounding alone moves a margin by, measured at the other tokens of that text. In float32"
+    " none is excused.",
     "block_size B": "Positions per block, the anchor (its known first token) included: B-1 tokens are drafted.",
 }

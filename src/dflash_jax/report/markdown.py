@@ -7,9 +7,10 @@ from dflash_jax.report import agree_record, check_tables, parity_tables, tables
 from dflash_jax.report.agree_record import Agree
 from dflash_jax.report.alarm import Alarm, seen_alarm
 from dflash_jax.report.check_record import Check
+from dflash_jax.report.decode_verdict import flips_table
 from dflash_jax.report.parity_record import Parity
 from dflash_jax.report.records import Records, records_from_json
-from dflash_jax.report.run_record import Decode
+from dflash_jax.report.run_record import Decode, Run
 from dflash_jax.report.sentences import Sentence
 from dflash_jax.report.tables import code, escape, lettered, with_interval
 from dflash_jax.report.verdict import Group, write_verdict
@@ -36,7 +37,6 @@ def _group(group: Group) -> Iterator[str]:
         flag = f" ({group.flag.upper()})" if group.flag else ""
         yield f"**{escape(group.heading)}**{flag}"
         yield ""
-
     yield from _lines(group.sentences)
     yield ""
 
@@ -91,6 +91,24 @@ def _decodes(decodes: Sequence[Decode]) -> Iterator[str]:
     yield ""
     yield from tables.decode_table(decodes).markdown.splitlines()
     yield ""
+    for table in filter(None, map(flips_table, decodes)):
+        yield f"### {escape(table.title)}"
+        yield ""
+        yield from table.markdown.splitlines()
+        yield ""
+
+
+def _run(run: Run) -> Iterator[str]:
+    """One training run: the drafters it kept, and what held-out prompts say of them."""
+    yield f"## Training: {code(run.label)}"
+    yield ""
+    yield from tables.run_table(run).markdown.splitlines()
+    yield ""
+    if (table := tables.held_out_table(run)) is not None:
+        yield "### Held-out replay tau"
+        yield ""
+        yield from table.markdown.splitlines()
+        yield ""
 
 
 def _checks(records: Records) -> Iterator[str]:
@@ -125,7 +143,7 @@ def render_markdown(records: Records, *, title: str | None) -> str:
     if records.decodes:
         lines += _decodes(records.decodes)
     for run in records.runs:
-        lines += [f"## Training: {code(run.label)}", "", *tables.run_table(run).markdown.splitlines(), ""]
+        lines += _run(run)
     return "\n".join(lines).rstrip("\n") + "\n"
 
 

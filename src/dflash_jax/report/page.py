@@ -29,6 +29,7 @@ from dflash_jax.report.alarm import seen_alarm
 from dflash_jax.report.artefacts import artefacts
 from dflash_jax.report.check_record import Check
 from dflash_jax.report.config import ReportConfig
+from dflash_jax.report.decode_verdict import flips_table
 from dflash_jax.report.figures import Figure
 from dflash_jax.report.glossary import GLOSSARY
 from dflash_jax.report.markdown import render_markdown
@@ -75,11 +76,27 @@ def _with_code(text: str) -> markupsafe.Markup:
     return markupsafe.Markup("".join(marked))
 
 
-def _shown_sample(sample: Sample) -> dict[str, Any]:
+def _rounded(records: Records) -> frozenset[str]:
+    """Prompts whose text differs from plain decoding's by rounding alone.
+
+    Details do not say which record they belong to: with several records nothing is excused.
+    """
+    if len(records.decodes) != 1:
+        return frozenset()
+    [decode] = records.decodes
+    return frozenset(flip.id for flip in decode.flips or () if decode.dtype == "bfloat16" and flip.explained)
+
+
+def _shown_sample(sample: Sample, *, rounded: frozenset[str]) -> dict[str, Any]:
     """A sample as the template wants it."""
     blocks = cut_into_blocks(sample)
     tokens = f"{len(sample.pieces):,}"
-    head = {"id": sample.id, "prompt": sample.prompt, "tau": sample.tau, "equal": sample.tokens_equal}
+    against = {
+        None: None,
+        True: ("good", "equal to plain decoding"),
+        False: ("good", "flips by rounding") if sample.id in rounded else ("bad", "DIFFERS from plain decoding"),
+    }[sample.tokens_equal]
+    head = {"id": sample.id, "prompt": sample.prompt, "tau": sample.tau, "against": against}
     return head | {"tokens": tokens, "blocks": blocks}
 
 
@@ -155,7 +172,7 @@ def _parity_panels(parities: Sequence[Parity]) -> list[Panel]:
 
 
 def _training_figures(runs: Sequence[Run]) -> list[Figure]:
-    """The loss of every run, and the accuracy by slot of each."""
+    """The loss of every run, held-out tau where it was measured, and the accuracy by slot of each."""
     if not runs:
         return []
     slots = [
@@ -166,7 +183,12 @@ def _training_figures(runs: Sequence[Run]) -> list[Figure]:
         )
         for place, run in enumerate(runs)
     ]
-    return [run_figures.loss_figure(runs), *_found(*slots)]
+    return [run_figures.loss_figure(runs), *_found(run_figures.held_out_figure(runs), *slots)]
+
+
+def _run_tables(run: Run) -> list[Table]:
+    """The drafters that a run kept, and its held-out measurements."""
+    return list(_found(tables.run_table(run) if run.records else None, tables.held_out_table(run)))
 
 
 def _context(records: Records, title: str | None) -> dict[str, Any]:
@@ -187,10 +209,10 @@ def _context(records: Records, title: str | None) -> dict[str, Any]:
         "check_panels": _check_panels(checks) if checks else [],
         "agree_tables": [table for agree in records.agreements for table in agree_record.agree_tables(agree)],
         "training_figures": _training_figures(runs),
-        "training_tables": [tables.run_table(run) for run in runs if run.records],
+        "training_tables": [table for run in runs for table in _run_tables(run)],
         "decode_figures": _found(committed),
-        "decode_tables": [tables.decode_table(decodes)] if decodes else [],
-        "samples": [_shown_sample(sample) for sample in samples],
+        "decode_tables": [tables.decode_table(decodes), *_found(*map(flips_table, decodes))] if decodes else [],
+        "samples": [_shown_sample(sample, rounded=_rounded(records)) for sample in samples],
         "samples_note": f"{len(samples)} of {len(records.samples):,} prompts, evenly spaced by tau, highest first.",
         "artefacts": artefacts(records),
         "glossary": GLOSSARY,

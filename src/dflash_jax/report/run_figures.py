@@ -8,7 +8,8 @@ import plotly.graph_objects as go
 
 from dflash_jax.report.fields import Interval
 from dflash_jax.report.figures import SERIES, Figure, error_bars, interval_text, make_figure, plain, thin
-from dflash_jax.report.run_record import Run, Sample
+from dflash_jax.report.run_record import HeldOut, Run, Sample
+from dflash_jax.report.tables import plural
 
 RESAMPLES = 2000
 
@@ -39,6 +40,77 @@ def loss_figure(runs: Sequence[Run]) -> Figure:
         x={"title": "step"},
         y={"title": "loss"},
         showlegend=len(runs) > 1,
+    )
+
+
+def _hover_lines(one: HeldOut) -> list[str]:
+    """What a hover says beside tau: its interval, then what else was measured."""
+    known = {"macro": one.tau_macro, "accept_len": one.accept_len_mean, "token_acc": one.token_acc_mean}
+    more = [f"{name} {value:.3f}" for name, value in known.items() if value is not None]
+    more += [] if one.num_prompts is None else [plural(one.num_prompts, "prompt")]
+    return [interval_text(one.tau_ci95), ", ".join(more)]
+
+
+def _held_out_line(name: str, color: str, found: Sequence[HeldOut]) -> go.Scatter:
+    """Held-out tau of one run, with intervals where they were recorded."""
+    taus, intervals = [one.tau_micro for one in found], [one.tau_ci95 for one in found]
+    return go.Scatter(
+        name=plain(name),
+        x=[one.step for one in found],
+        y=taus,
+        mode="lines+markers",
+        line={"width": 2},
+        marker={"size": 7},
+        error_y=error_bars(taus, intervals),
+        customdata=[_hover_lines(one) for one in found],
+        hovertemplate="step %{x}: tau %{y:.3f} (%{customdata[0]})<br>%{customdata[1]}",
+        meta={"color": color},
+    )
+
+
+def _best_star(name: str, color: str, best: HeldOut) -> go.Scatter:
+    """The measurement that `best` was chosen by."""
+    return go.Scatter(
+        name=plain(name),
+        x=[best.step],
+        y=[best.tau_micro],
+        mode="markers",
+        marker={"size": 17, "symbol": "star"},
+        hoverinfo="skip",
+        meta={"color": color},
+    )
+
+
+def held_out_figure(runs: Sequence[Run]) -> Figure | None:
+    """Held-out replay tau over the steps of every run that measured it, the best marked. None where no run did."""
+    measured = [run for run in runs if run.held_out]
+    if not measured:
+        return None
+    traces: list[go.Scatter] = []
+    several = len(runs) > 1
+    for place, run in enumerate(runs):
+        if (best := run.best) is None:
+            continue
+        color = SERIES[place % len(SERIES)]
+        found = run.held_out
+        shown = {*thin(len(found)), found.index(best)}
+        name = run.label if several else "held-out tau"
+        traces.append(_held_out_line(name, color, [found[index] for index in sorted(shown)]))
+        traces.append(_best_star(f"best of {run.label}" if several else f"best: step {best.step:,}", color, best))
+    prompts = {one.num_prompts for run in measured for one in run.held_out if one.num_prompts is not None}
+    of = plural(min(prompts), "held-out prompt") if len(prompts) == 1 else "held-out prompts"
+    interval = any(one.tau_ci95 for run in measured for one in run.held_out)
+    caption = f"Tokens per target pass (micro) that decoding of {of} would have committed; 1 is no gain."
+    caption += " 95 % intervals over prompts." if interval else " No intervals were recorded."
+    caption += " The star is RUN/best, chosen by these very prompts, so its tau is a little too high."
+    return make_figure(
+        "held-out",
+        title="Held-out replay tau",
+        caption=caption,
+        traces=traces,
+        x={"title": "step"},
+        y={"title": "tau (tokens per target pass)"},
+        showlegend=True,
     )
 
 

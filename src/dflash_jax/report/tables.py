@@ -4,10 +4,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from dflash_jax.report.fields import Interval
-from dflash_jax.report.run_record import Decode, Run
+from dflash_jax.report.run_record import Decode, HeldOut, Run
 
 NONE = "–"
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+MOST_ROWS = 40
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -81,6 +82,13 @@ def lettered(labels: Sequence[str]) -> list[str]:
     return [LETTERS[place] if place < len(LETTERS) else str(place + 1) for place in range(len(labels))]
 
 
+def _equal_to_plain(decode: Decode) -> str:
+    """Whether tokens are plain decoding's, and how many prompts flip where rounding explains them all."""
+    if decode.only_rounding:
+        return f"but for rounding ({len(decode.flips or ()):,} of {decode.num_prompts:,})"
+    return NONE if decode.tokens_equal is None else "yes" if decode.tokens_equal else "NO"
+
+
 def decode_table(decodes: Sequence[Decode]) -> Table:
     """One row per decode record."""
 
@@ -90,7 +98,7 @@ def decode_table(decodes: Sequence[Decode]) -> Table:
             decode.label,
             f"{decode.num_prompts:,}",
             f"{decode.num_tokens:,}",
-            NONE if decode.tokens_equal is None else "yes" if decode.tokens_equal else "NO",
+            _equal_to_plain(decode),
             f"{decode.tau_micro:.3f}",
             NONE if decode.tau_macro is None else f"{decode.tau_macro:.3f}",
             f"{decode.tokens_per_s:,.1f}",
@@ -128,3 +136,43 @@ def run_table(run: Run) -> Table:
     ]
     columns = ("drafter", "loss", "accuracy", "slot 1", "learning rate", "seconds")
     return Table(title=f"Kept drafters: {run.label}", columns=columns, rows=tuple(map(row, names)), notes=tuple(notes))
+
+
+def held_out_table(run: Run) -> Table | None:
+    """One row per held-out measurement of a run, the best one marked. None where there is none."""
+    found, best = run.held_out, run.best
+    if best is None:
+        return None
+    shown = found
+    if len(found) > MOST_ROWS:
+        even = {found[round(place * (len(found) - 1) / (MOST_ROWS - 1))].step for place in range(MOST_ROWS)}
+        shown = [one for one in found if one.step in even or one is best]
+
+    def row(one: HeldOut) -> tuple[str, ...]:
+        return (
+            f"{one.step:,}" + (" (best)" if one is best else ""),
+            with_interval(one.tau_micro, one.tau_ci95),
+            _three(one.tau_macro),
+            _three(one.accept_len_mean),
+            _three(one.token_acc_mean),
+            count(one.num_prompts),
+        )
+
+    notes = [
+        "The replay of decoding on held-out prompts (`--eval-cache`); tau is tokens per target pass, 1 is no gain."
+        + ("" if any(one.tau_ci95 for one in found) else " The run recorded no intervals.")
+    ]
+    if best.num_seen:
+        notes.append(f"{plural(best.num_seen, 'prompt')} of that cache were trained on and are left out.")
+    if len(found) > 1:
+        notes.append("The best is chosen by these very prompts and flattered by them: report numbers on others.")
+    if len(shown) < len(found):
+        notes.append(f"{len(shown):,} of {len(found):,} measurements, evenly spaced.")
+    columns = ("step", "tau micro [95 %]", "tau macro", "accept_len_mean", "token_acc_mean", "prompts")
+    rows = tuple(map(row, shown))
+    return Table(title=f"Held-out replay tau: {run.label}", columns=columns, rows=rows, notes=tuple(notes))
+
+
+def _three(value: float | None) -> str:
+    """A number with three decimals; a dash where it is not known."""
+    return NONE if value is None else f"{value:.3f}"
