@@ -22,6 +22,7 @@ KINDS = {
     "comparison": ("comparison.json",),
     "parity-holds": ("parity-holds.json",),
     "parity-broken": ("parity-broken.json",),
+    "many": ("check.json", "check-seen.json", "comparison.json", "parity-holds.json"),
     "run": ("run",),
     "decode": ("decode.json", "decoded.jsonl"),
     "bfloat16": ("../smollm2/decode-bfloat16.json",),
@@ -120,7 +121,7 @@ def test_colours_follow_the_system_and_the_switch(browser, pages, scheme):
         _sound(visit)
 
 
-@pytest.mark.parametrize("kind", ["comparison", "seen", "mix"])
+@pytest.mark.parametrize("kind", ["comparison", "seen", "many", "mix"])
 def test_a_phone_shows_it_without_scrolling_aside(browser, pages, kind):
     with browsing.visit(browser, pages / f"{kind}.html", viewport=PHONE, has_touch=True) as visit:
         _all_drawn(visit.page)

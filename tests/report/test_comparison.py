@@ -5,8 +5,8 @@ import re
 import pytest
 
 from dflash_jax.core import InputError
-from dflash_jax.report.check_figures import comparison_figure, group_figures
-from dflash_jax.report.check_tables import comparison_table, side_by_side
+from dflash_jax.report.check_figures import comparison_figure, group_figures, offset_figures, survival_figure
+from dflash_jax.report.check_tables import MOST_ALONG, comparison_table, side_by_side, slot_table
 from dflash_jax.report.check_verdict import comparison_sentence, memory_sentence
 from dflash_jax.report.records import read_records
 
@@ -110,3 +110,69 @@ def test_a_fall_from_seen_to_unseen_prompts_is_called_memory(build, tmp_path):
     assert (said(trained_on, others | {"accept_len_by_offset_difference": apart}) or "").endswith("memory.")
     same = build.bucket(6.0, anchors=64, prompts=16)
     assert said(trained_on, others | {"unseen": same}) is None
+
+
+def _checks(build, tmp_path, count, **changes):
+    paths = [
+        build.write_json(tmp_path / f"{place:02}.json", build.check(drafter=f"x/run-{place:02}", **changes))
+        for place in range(count)
+    ]
+    return read_records(paths).checks
+
+
+def test_tables_of_many_checks_are_read_down(build, tmp_path):
+    along = side_by_side(_checks(build, tmp_path, MOST_ALONG))
+    assert along.columns[0] == "ctx_pos_start"
+    assert len(along.columns) == 1 + 2 * MOST_ALONG
+    table = side_by_side(_checks(build, tmp_path, MOST_ALONG + 1))
+    offsets = ("0", "4096", "65536", "131072")
+    assert table.columns == ("ctx_pos_start", *offsets, "all", "unseen", "untrained")
+    assert [row[0] for row in table.rows[:3]] == ["A accept_len [95 %]", "A token_acc", "B accept_len [95 %]"]
+    assert table.rows[2][1:3] == ("0.550\n[0.510, 0.590]",) * 2
+    assert "| B accept_len [95 %] | 0.550 [0.510, 0.590] | 0.550 [0.510, 0.590] |" in table.markdown
+    assert table.notes == side_by_side(_checks(build, tmp_path, MOST_ALONG + 1)).notes
+    assert "D) x/run-03" in table.notes
+    slots = slot_table(_checks(build, tmp_path, MOST_ALONG + 1))
+    assert slots is not None
+    assert slots.columns == ("slot", *map(str, range(1, 8)))
+
+
+def test_figures_of_many_checks_keep_room_and_tell_them_apart(build, tmp_path):
+    checks = _checks(build, tmp_path, 14)
+    looks = []
+    for figure in (*group_figures(checks), *offset_figures(checks)):
+        traces = figure.plot["data"]
+        assert [trace["name"] for trace in traces] == list("ABCDEFGHIJKLMN")
+        marks = [trace.get("marker", {}) for trace in traces]
+        looks.append(
+            {(t["meta"]["color"], str(m.get("pattern")), m.get("symbol")) for t, m in zip(traces, marks, strict=True)}
+        )
+        assert "named under “In short”" in figure.caption
+    assert [len(found) for found in looks] == [14] * 4
+    survival, of_two = survival_figure(checks), survival_figure(checks[:2])
+    assert survival is not None
+    assert of_two is not None
+    assert [trace["name"] for trace in survival.plot["data"]][:2] == ["A, all anchors", "B, all anchors"]
+    assert [trace["name"] for trace in of_two.plot["data"]][:2] == [
+        "A) x/run-00, all anchors",
+        "A) x/run-00, chain",
+    ]
+
+
+def test_seen_prompts_are_marked_in_legends_beside_others(build, tmp_path):
+    seen = build.bucket(6.0, anchors=64, prompts=16)
+    documents = [build.check(drafter="x/A"), build.check(drafter="x/B", unseen=None, seen=seen)]
+    paths = [build.write_json(tmp_path / f"{place}.json", document) for place, document in enumerate(documents)]
+    checks = read_records(paths).checks
+    for figure in (*group_figures(checks), *offset_figures(checks)):
+        assert [trace["name"] for trace in figure.plot["data"]] == ["A) x/A", "B) x/B (seen)"]
+        assert figure.caption.endswith("(seen): ONLY PROMPTS THE DRAFTER WAS TRAINED ON.")
+    [alone] = offset_figures(checks[1:])[0].plot["data"]
+    assert alone["name"] == "x/B"
+
+
+def test_the_margins_band_is_seen_to_end(build, tmp_path):
+    [check] = _checks(build, tmp_path, 1)
+    layout = offset_figures([check])[1].plot["layout"]
+    low, high = layout["yaxis"]["autorangeoptions"]["include"]
+    assert low < layout["shapes"][0]["y0"] < layout["shapes"][0]["y1"] < high

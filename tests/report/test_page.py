@@ -14,6 +14,7 @@ from dflash_jax.report import ReportConfig, write_report
 from dflash_jax.report.artefacts import describe, elide
 from dflash_jax.report.check_figures import offset_figures, survival_figure
 from dflash_jax.report.figures import MAX_POINTS, thin
+from dflash_jax.report.page import _with_code
 from dflash_jax.report.records import read_records
 
 EVIL = "</script><img src=x onerror=\"document.title='pwned'\"><b>&amp;\u2028'"
@@ -215,3 +216,15 @@ def test_long_curves_and_lists_are_thinned_and_say_so():
     assert artefact.facts == {"command line": "a 'b c'", "seed": "–"}
     assert list(artefact.documents) == ["config", "hashes", "text"]
     assert artefact.documents["text"].startswith("long\nlong")
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("*holds* says little", "<em>holds</em> says little"),
+        ("`a*b*c` and 2*x*3, **no**", "<code>a*b*c</code> and 2*x*3, **no**"),
+        ("one ` mark, *<b>*", "one ` mark, *&lt;b&gt;*"),
+    ],
+)
+def test_sentences_show_code_and_stress(text, shown):
+    assert _with_code(text) == shown

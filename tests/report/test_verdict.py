@@ -6,7 +6,7 @@ import pytest
 
 from dflash_jax.report.check_verdict import check_tiles
 from dflash_jax.report.records import read_records
-from dflash_jax.report.verdict import write_verdict
+from dflash_jax.report.verdict import MOST_TILED, write_verdict
 
 
 def _verdict(build, tmp_path, *documents):
@@ -151,3 +151,14 @@ def test_the_records_own_line_of_seen_prompts_is_not_said_again(build, tmp_path)
         item.text for group in write_verdict(read_records([path])) for item in group.sentences if item.lead == "Warning"
     ]
     assert said == ["w."]
+
+
+def test_many_records_are_told_in_sentences_alone(build, tmp_path):
+    def tiled(count):
+        documents = [build.check(drafter=f"x/run-{place}") for place in range(count)]
+        paths = [build.write_json(tmp_path / f"{place}.json", document) for place, document in enumerate(documents)]
+        return [bool(group.tiles) for group in write_verdict(read_records(paths))]
+
+    # the first group is what the checks say together
+    assert tiled(MOST_TILED - 1) == [False] + [True] * (MOST_TILED - 1)
+    assert tiled(MOST_TILED) == [False] * (MOST_TILED + 1)

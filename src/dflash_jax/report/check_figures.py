@@ -1,6 +1,7 @@
 """Figures of checks, several side by side, and of comparisons."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import plotly.graph_objects as go
@@ -14,6 +15,7 @@ from dflash_jax.report.figures import (
     Figure,
     band,
     bars,
+    difference_axis,
     error_bars,
     interval_text,
     make_figure,
@@ -22,15 +24,47 @@ from dflash_jax.report.figures import (
     plain,
     points,
 )
+from dflash_jax.report.tables import lettered
 
 Y_ACCEPT_LEN = {"title": "accept_len (drafted tokens)", "rangemode": "tozero"}
 GROUPS = ("unseen", "seen", "all", "untrained")
+MOST_NAMED = 4
+"""Checks whose names fit into a legend."""
+SYMBOLS = ("circle", "diamond", "square", "cross")
+PATTERNS = ("", "/", ".", "x")
 
 
-def _series(checks: Sequence[Check]) -> list[tuple[str, str, Check]]:
-    """Each check with its name in legends and its colour."""
-    names = lettered_labels(checks)
-    return [(name, _color(place), check) for place, (name, check) in enumerate(zip(names, checks, strict=True))]
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Series:
+    """One check in a figure: its name in the legend, its colour's role, and how often the colours went round before."""
+
+    name: str
+    color: str
+    cycle: int
+    check: Check
+
+    def told_apart(self, trace: Any) -> Any:
+        """The trace, with a symbol or a pattern of its own where its colour is another check's too."""
+        if self.cycle and trace.type == "bar":
+            trace.marker.pattern = {"shape": PATTERNS[self.cycle % len(PATTERNS)]}
+        elif self.cycle:
+            trace.marker.symbol = SYMBOLS[self.cycle % len(SYMBOLS)]
+        return trace
+
+
+def _series(checks: Sequence[Check]) -> list[_Series]:
+    """Each check with its name and looks; letters alone where a legend of whole names would leave no room to draw."""
+    names = lettered([check.label for check in checks]) if _many(checks) else lettered_labels(checks)
+    seen = [" (seen)" if check.only_seen and len(checks) > 1 else "" for check in checks]
+    return [
+        _Series(name=name + mark, color=_color(place), cycle=place // len(SERIES), check=check)
+        for place, (name, mark, check) in enumerate(zip(names, seen, checks, strict=True))
+    ]
+
+
+def _many(checks: Sequence[Check]) -> bool:
+    """Whether there are too many checks for their names in a legend."""
+    return len(checks) > MOST_NAMED
 
 
 def _color(place: int) -> str:
@@ -48,9 +82,14 @@ def _layout(checks: Sequence[Check]) -> dict[str, Any]:
     return {"showlegend": len(checks) > 1, "scattermode": "group", "barmode": "group", "bargap": 0.35}
 
 
-def _seen_note(checks: Sequence[Check]) -> str:
-    """A caption's warning."""
-    return " ONLY PROMPTS THE DRAFTER WAS TRAINED ON." if all(check.only_seen for check in checks) else ""
+def _notes(checks: Sequence[Check]) -> str:
+    """What every caption adds: the warning of seen prompts, and where letters are named."""
+    note = " A, B, ... are named under “In short”." if _many(checks) else ""
+    if all(check.only_seen for check in checks):
+        return f"{note} ONLY PROMPTS THE DRAFTER WAS TRAINED ON."
+    if any(check.only_seen for check in checks):
+        note += " (seen): ONLY PROMPTS THE DRAFTER WAS TRAINED ON."
+    return note
 
 
 def _groups(check: Check) -> dict[str, Bucket]:
@@ -82,18 +121,19 @@ def _group_bars(
 ) -> Figure | None:
     """One metric's bars by group of prompts, checks side by side."""
     traces, used = [], set()
-    for name_of, color, check in _series(checks):
-        found = {group: (value(bucket), _extra(bucket)) for group, bucket in _groups(check).items()}
+    for series in _series(checks):
+        found = {group: (value(bucket), _extra(bucket)) for group, bucket in _groups(series.check).items()}
         held = {group: (pair, extra) for group, (pair, extra) in found.items() if pair}
         used |= held.keys()
         if held:
             means, intervals = [pair[0] for pair, _ in held.values()], [pair[1] for pair, _ in held.values()]
             extras = [extra for _, extra in held.values()]
-            traces.append(bars(name_of, color, list(held), means, intervals, extras))
+            drawn = bars(series.name, series.color, list(held), means, intervals, extras)
+            traces.append(series.told_apart(drawn))
     if not traces:
         return None
     x = named_axis("prompts", [group for group in GROUPS if group in used])
-    caption += _seen_note(checks)
+    caption += _notes(checks)
     return make_figure(name, title=title, caption=caption, traces=traces, x=x, y=y, **_layout(checks))
 
 
@@ -116,12 +156,12 @@ def offset_figures(checks: Sequence[Check]) -> list[Figure]:
     figures: list[Figure] = []
     offsets = sorted({offset for check in checks for offset in (*check.by_offset, *check.differences)})
     traces = [
-        _bucket_points(name, color, {f"{offset:,}": bucket for offset, bucket in check.by_offset.items()})
-        for name, color, check in _series(checks)
-        if check.by_offset
+        _bucket_points(series, {f"{offset:,}": bucket for offset, bucket in series.check.by_offset.items()})
+        for series in _series(checks)
+        if series.check.by_offset
     ]
     if traces:
-        caption = "Mean over all anchors (micro) with 95 % intervals over prompts." + _seen_note(checks)
+        caption = "Mean over all anchors (micro) with 95 % intervals over prompts." + _notes(checks)
         x = offset_axis(offsets)
         title = "accept_len by offset"
         layout = _layout(checks)
@@ -133,42 +173,40 @@ def offset_figures(checks: Sequence[Check]) -> list[Figure]:
     return figures
 
 
+def _difference_points(series: _Series) -> go.Scatter:
+    """One check's paired differences."""
+    found = series.check.differences
+    extra = [
+        f"paired, to offset {first_offset(series.check):,}"
+        + ("" if item.num_anchors_differing is None else f"; {item.num_anchors_differing:,} anchors differ")
+        for item in found.values()
+    ]
+    places, means = [f"{offset:,}" for offset in found], [item.mean for item in found.values()]
+    drawn = points(series.name, series.color, places, means, [item.ci95 for item in found.values()], extra)
+    return series.told_apart(drawn)
+
+
 def _differences(checks: Sequence[Check], offsets: Sequence[int]) -> Figure:
     """The paired differences to the smallest offset, and the margin."""
-    traces = [
-        points(
-            name,
-            color,
-            [f"{offset:,}" for offset in check.differences],
-            [item.mean for item in check.differences.values()],
-            [item.ci95 for item in check.differences.values()],
-            [
-                f"paired, to offset {first_offset(check):,}"
-                + ("" if item.num_anchors_differing is None else f"; {item.num_anchors_differing:,} anchors differ")
-                for item in check.differences.values()
-            ],
-        )
-        for name, color, check in _series(checks)
-        if check.differences
-    ]
     return make_figure(
         "differences",
         title="Paired difference to the smallest offset",
         caption="The same tokens at each offset, minus the smallest one, paired; 95 % intervals over prompts."
-        f" Within the band, ±{MARGIN:g} accepted tokens, the offsets agree.",
-        traces=traces,
+        f" Within the band, ±{MARGIN:g} accepted tokens, the offsets agree." + _notes(checks),
+        traces=[_difference_points(series) for series in _series(checks) if series.check.differences],
         x=offset_axis([offset for offset in offsets if any(offset in check.differences for check in checks)]),
-        y={"title": "difference of accept_len", "zeroline": True, "zerolinewidth": 2},
+        y=difference_axis(MARGIN),
         shapes=[band(-MARGIN, MARGIN, role="good")],
         **_layout(checks),
     )
 
 
-def _bucket_points(name: str, color: str, buckets: dict[str, Bucket]) -> go.Scatter:
+def _bucket_points(series: _Series, buckets: dict[str, Bucket]) -> go.Scatter:
     """One check's accept_len over named groups."""
     means = [bucket.accept_len_mean for bucket in buckets.values()]
     intervals = [bucket.accept_len_ci95 for bucket in buckets.values()]
-    return points(name, color, list(buckets), means, intervals, [_extra(b) for b in buckets.values()])
+    extra = [_extra(bucket) for bucket in buckets.values()]
+    return series.told_apart(points(series.name, series.color, list(buckets), means, intervals, extra))
 
 
 def breakdown_figure(checks: Sequence[Check], kind: str) -> Figure | None:
@@ -177,12 +215,10 @@ def breakdown_figure(checks: Sequence[Check], kind: str) -> Figure | None:
     parts: list[dict[str, Bucket]] = [getattr(check, attribute) for check in checks]
     if not any(parts):
         return None
-    traces = [
-        _bucket_points(name, color, part) for (name, color, _), part in zip(_series(checks), parts, strict=True) if part
-    ]
+    traces = [_bucket_points(series, part) for series, part in zip(_series(checks), parts, strict=True) if part]
     axis = {"context": "tokens of context before the anchor", "sets": "prompt set"}[kind]
     x = named_axis(axis, list(dict.fromkeys(name for part in parts for name in part)))
-    caption = f"Mean over all anchors (micro) by {word}, with 95 % intervals over prompts." + _seen_note(checks)
+    caption = f"Mean over all anchors (micro) by {word}, with 95 % intervals over prompts." + _notes(checks)
     title = f"accept_len by {word}"
     return make_figure(kind, title=title, caption=caption, traces=traces, x=x, y=Y_ACCEPT_LEN, **_layout(checks))
 
@@ -223,39 +259,42 @@ def survival_figure(checks: Sequence[Check]) -> Figure | None:
         for group, (color, bucket) in groups.items():
             traces += _survival_traces(group, color, bucket)
     else:
-        for name, color, check in _series(checks):
-            traces += _survival_traces(name, color, check.main)
+        for series in _series(checks):
+            drawn = _survival_traces(series.name, series.color, series.check.main)
+            # Of many checks two curves each would be a thicket; every one has the first, all anchors.
+            traces += map(series.told_apart, drawn[:1] if _many(checks) else drawn)
     if not traces:
         return None
-    caption = (
-        "Share of blocks whose drafted tokens are all accepted up to that slot: over all anchors (solid), and over the"
-        " anchors that decoding would visit (dashed; 1 + its sum is tau)." + _seen_note(checks)
+    caption = "Share of blocks whose drafted tokens are all accepted up to that slot: "
+    caption += (
+        "over all anchors; the chain's is in the table."
+        if _many(checks)
+        else "over all anchors (solid), and over the anchors that decoding would visit (dashed; 1 + its sum is tau)."
     )
+    caption += _notes(checks)
     y = {"title": "survival", "tickformat": ".0%", "range": [0, 1.02]}
     x = {"title": "slot of the block", "dtick": 1}
     title = "Survival by slot"
     return make_figure("survival", title=title, caption=caption, traces=traces, x=x, y=y, hovermode="x unified")
 
 
+def _slot_points(series: _Series) -> go.Scatter:
+    """One check's token_acc by slot."""
+    slots = series.check.by_slot
+    means, intervals = [slot.token_acc for slot in slots], [slot.ci95 for slot in slots]
+    extra = ["" if slot.num_labelled is None else f"{slot.num_labelled:,} labelled" for slot in slots]
+    places = [str(slot.slot) for slot in slots]
+    return series.told_apart(points(series.name, series.color, places, means, intervals, extra))
+
+
 def slot_figure(checks: Sequence[Check]) -> Figure | None:
     """token_acc by slot. None where no check has it."""
-    traces = [
-        points(
-            name,
-            color,
-            [str(slot.slot) for slot in check.by_slot],
-            [slot.token_acc for slot in check.by_slot],
-            [slot.ci95 for slot in check.by_slot],
-            ["" if slot.num_labelled is None else f"{slot.num_labelled:,} labelled" for slot in check.by_slot],
-        )
-        for name, color, check in _series(checks)
-        if check.by_slot
-    ]
+    traces = [_slot_points(series) for series in _series(checks) if series.check.by_slot]
     if not traces:
         return None
     caption = (
         "Share of labelled tokens at each slot that are right, whatever the slots before held: above survival, and"
-        " no forecast of speed." + _seen_note(checks)
+        " no forecast of speed." + _notes(checks)
     )
     y = {"title": "token_acc", "tickformat": ".0%", "range": [0, 1.02]}
     slots = range(1, max(check.block_size for check in checks))

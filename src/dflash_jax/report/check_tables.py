@@ -7,7 +7,10 @@ import rich.table
 from rich.text import Text
 
 from dflash_jax.report.check_record import Bucket, Check, Comparison, Difference, check_from_json, check_label
-from dflash_jax.report.tables import NONE, Table, count, lettered, with_interval
+from dflash_jax.report.tables import NONE, Table, count, lettered, on_its_side, with_interval
+
+MOST_ALONG = 3
+"""Checks whose columns fit beside each other."""
 
 BREAKDOWNS = {
     "context": ("context length", "by_context_length"),
@@ -143,6 +146,11 @@ def _legend(letters: Sequence[str], checks: Sequence[Check]) -> list[str]:
     return lines
 
 
+def _readable(table: Table, checks: Sequence[Check]) -> Table:
+    """A table with columns for each check, on its side where they are too many for a page."""
+    return table if len(checks) <= MOST_ALONG else on_its_side(table)
+
+
 def side_by_side(checks: Sequence[Check]) -> Table:
     """accept_len and token_acc of several checks, before and after, by ctx_pos_start and over all."""
     letters = lettered([check.label for check in checks])
@@ -161,13 +169,14 @@ def side_by_side(checks: Sequence[Check]) -> Table:
     columns = [column for letter in letters for column in (f"{letter} accept_len_mean [95 %]", f"{letter} token_acc")]
     sizes = sorted({check.block_size for check in checks})
     drafted = ", ".join(f"0 to {size - 1} (block_size {size})" for size in sizes)
-    return Table(
+    table = Table(
         title="Side by side",
         columns=("ctx_pos_start", *columns),
         rows=tuple(rows),
         notes=(*_legend(letters, checks), f"accept_len is {drafted}, bonus excluded; intervals are over prompts."),
         rule=len(offsets) or None,
     )
+    return _readable(table, checks)
 
 
 def breakdown_table(checks: Sequence[Check], kind: str) -> Table | None:
@@ -190,7 +199,8 @@ def breakdown_table(checks: Sequence[Check], kind: str) -> Table | None:
     ]
     warning = seen_warning(checks[0]) if len(checks) == 1 else None
     notes = _legend(letters, checks) if len(checks) > 1 else [warning] if warning else []
-    return Table(title=f"accept_len by {word}", columns=(word, *columns), rows=tuple(rows), notes=tuple(notes))
+    title = f"accept_len by {word}"
+    return _readable(Table(title=title, columns=(word, *columns), rows=tuple(rows), notes=tuple(notes)), checks)
 
 
 def slot_table(checks: Sequence[Check]) -> Table | None:
@@ -219,7 +229,8 @@ def slot_table(checks: Sequence[Check]) -> Table | None:
         f"token_acc pools all that was checked; survival is of {' or '.join(groups)}: the share of blocks with at"
         " least that many accepted tokens."
     )
-    return Table(title="By slot of the block", columns=("slot", *columns), rows=rows, notes=tuple(notes))
+    table = Table(title="By slot of the block", columns=("slot", *columns), rows=rows, notes=tuple(notes))
+    return _readable(table, checks)
 
 
 def _by_slot(survival: Sequence[float] | None) -> dict[int, str]:

@@ -77,6 +77,7 @@ def points(
         mode="markers",
         marker={"size": 10},
         error_y=error_bars(means, intervals),
+        cliponaxis=False,  # a point at 0 is whole
         customdata=_hover(intervals, extra),
         hovertemplate="%{x}<br>%{y:.3f} (%{customdata[0]})<br>%{customdata[1]}",
         meta={"color": color},
@@ -117,6 +118,12 @@ def named_axis(title: str, places: Sequence[str]) -> dict[str, Any]:
 def offset_axis(offsets: Sequence[int]) -> dict[str, Any]:
     """Offsets as names: 0 has no place on a log axis, and distances between offsets mean nothing here."""
     return named_axis("position_offset (ctx_pos_start)", [f"{offset:,}" for offset in offsets])
+
+
+def difference_axis(margin: float | None) -> dict[str, Any]:
+    """An axis of differences of accept_len, wide enough that the margin's band is seen to end."""
+    axis: dict[str, Any] = {"title": "difference of accept_len", "zeroline": True, "zerolinewidth": 2}
+    return axis if margin is None else axis | {"autorangeoptions": {"include": [-1.5 * margin, 1.5 * margin]}}
 
 
 def band(low: float, high: float, *, role: str) -> dict[str, Any]:

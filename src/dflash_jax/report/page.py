@@ -4,6 +4,7 @@ import base64
 import dataclasses
 import gzip
 import hashlib
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -41,6 +42,7 @@ from dflash_jax.report.tables import Table
 from dflash_jax.report.verdict import write_verdict
 
 MAX_SAMPLES = 24
+EMPHASIS = re.compile(r"(?<![\w*])\*(\w+)\*(?![\w*])")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -63,15 +65,15 @@ def _visible(text: str) -> markupsafe.Markup:
 
 
 def _with_code(text: str) -> markupsafe.Markup:
-    """A sentence, escaped, with what stands in backquotes as code."""
+    """A sentence, escaped, with what stands in backquotes as code and a word between asterisks emphasised."""
     parts = text.split("`")
+    if len(parts) % 2 == 0:
+        parts = [text]
     marked = (
-        (
-            f"<code>{markupsafe.escape(part)}</code>" if place % 2 else markupsafe.escape(part)
-            for place, part in enumerate(parts)
-        )
-        if len(parts) % 2
-        else [markupsafe.escape(text)]
+        f"<code>{markupsafe.escape(part)}</code>"
+        if place % 2
+        else EMPHASIS.sub(r"<em>\1</em>", str(markupsafe.escape(part)))
+        for place, part in enumerate(parts)
     )
     return markupsafe.Markup("".join(marked))
 

@@ -6,6 +6,7 @@ from dflash_jax.report.figures import (
     Figure,
     band,
     bars,
+    difference_axis,
     error_bars,
     interval_text,
     make_figure,
@@ -52,7 +53,7 @@ def difference_figure(parity: Parity) -> Figure | None:
         caption=caption,
         traces=[trace],
         x=offset_axis(list(items)),
-        y={"title": "difference of accept_len", "zeroline": True, "zerolinewidth": 2},
+        y=difference_axis(parity.margin),
         shapes=[] if parity.margin is None else [band(-parity.margin, parity.margin, role="good")],
         showlegend=False,
     )

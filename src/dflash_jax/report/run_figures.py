@@ -179,7 +179,7 @@ def committed_figure(samples: Sequence[Sample]) -> Figure | None:
         caption=f"{total:,} blocks of {len(samples):,} prompts; their mean, {mean:.3f}, is tau (micro)."
         " 1 means that no drafted token was accepted. 95 % intervals are over prompts.",
         traces=[trace],
-        x={"title": "tokens committed by one target pass", "dtick": 1},
+        x={"title": "tokens committed by one target pass", "dtick": 1, "autorangeoptions": {"include": [1, 4]}},
         y={"title": "share of blocks", "tickformat": ".0%", "rangemode": "tozero"},
         showlegend=False,
     )

@@ -77,6 +77,19 @@ def scientific(value: float | None) -> str:
     return "0" if value == 0 else f"{value:.1e}"
 
 
+def on_its_side(table: Table) -> Table:
+    """The table with a row for each of its columns: many records side by side are read down, not along.
+
+    Names are shortened for their column, and a mean's interval goes to a line of its own.
+    """
+    columns = (table.columns[0], *(row[0] for row in table.rows))
+    rows = [
+        (name.replace("accept_len_mean", "accept_len"), *(row[place].replace(" [", "\n[") for row in table.rows))
+        for place, name in enumerate(table.columns[1:], start=1)
+    ]
+    return Table(title=table.title, columns=columns, rows=tuple(rows), notes=table.notes)
+
+
 def lettered(labels: Sequence[str]) -> list[str]:
     """`A`, `B`, ... for records side by side; their number beyond Z."""
     return [LETTERS[place] if place < len(LETTERS) else str(place + 1) for place in range(len(labels))]

@@ -1,7 +1,7 @@
 """What the records say, in plain words: sentences with a mark, and the key numbers as tiles."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from dflash_jax.report import check_tables, check_verdict, parity_verdict
 from dflash_jax.report.agree_record import agree_sentences, agree_tiles
@@ -10,6 +10,9 @@ from dflash_jax.report.decode_verdict import decode_sentences, decode_tiles
 from dflash_jax.report.records import Records
 from dflash_jax.report.run_verdict import run_sentences, run_tiles
 from dflash_jax.report.sentences import Sentence, Tile
+
+MOST_TILED = 6
+"""Groups with tiles; more would bury the sentences, and every number is in a table too."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -65,6 +68,6 @@ def write_verdict(records: Records) -> list[Group]:
         max(map(len, (records.parities, records.checks, records.agreements, records.decodes, records.runs))) > 1
         or not groups
     ):
-        return groups
+        return groups if len(groups) <= MOST_TILED else [replace(group, tiles=()) for group in groups]
     sentences = tuple(sentence for group in groups for sentence in group.sentences)
     return [Group(heading="", sentences=sentences, tiles=tuple(tile for group in groups for tile in group.tiles))]

@@ -41,7 +41,7 @@
   };
   const themedAxis = (axis) => ({
     automargin: true, gridcolor: css("line"), zerolinecolor: css("muted"), linecolor: css("line"), ...axis,
-    title: axis.title && { ...axis.title, font: { size: 13, color: css("soft") } },
+    title: axis.title && { ...axis.title, standoff: 12, font: { size: 13, color: css("soft") } },
   });
   const themedLayout = (layout) => ({
     paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", margin: { l: 56, r: 12, t: 12, b: 48 },
