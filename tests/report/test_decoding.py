@@ -142,6 +142,19 @@ def test_a_text_is_marked_by_its_own_prompts_flip_only(build, tmp_path):
     assert chips(decode, other, details) == dict(zip(names, ("bad", "bad", "good"), strict=True))
 
 
+@pytest.mark.parametrize(("interval", "mark"), [([1.05, 1.4], "good"), ([0.9, 1.5], "warn"), (None, "good")])
+def test_a_speed_up_is_a_gain_where_its_interval_is(build, interval, mark):
+    decode = _flipped(build, tokens_equal=True, speedup_ci95=interval)
+    speed = decode_sentences(decode)[1]
+    [tile] = [tile for tile in decode_tiles(decode) if tile.name == "speed-up over plain"]
+    assert (speed.mark, tile.mark) == (mark, mark)
+    words = "" if interval is None else f" (95 % {interval[0]:.2f} to {interval[1]:.2f})"
+    assert f"a speed-up of 1.21×{words}." in speed.text
+    shown = "" if interval is None else f" [{interval[0]:.2f}, {interval[1]:.2f}]"
+    assert decode_table([decode]).rows[0][-1] == f"1.21×{shown}"
+    assert ("no interval is known" in decode_table([decode]).notes[0]) is (interval is None)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -1,7 +1,8 @@
 """Decoding in plain words and in a table: whether it lost anything, what rounding explains, how fast it was."""
 
+from dflash_jax.report.fields import Interval
 from dflash_jax.report.run_record import Decode, Flip
-from dflash_jax.report.sentences import Mark, Sentence, Tile
+from dflash_jax.report.sentences import Mark, Sentence, Tile, interval_words
 from dflash_jax.report.tables import MOST_ROWS, NONE, Table, plural
 
 MOST_NAMED = 3
@@ -65,6 +66,11 @@ def _equality(decode: Decode) -> Sentence | None:
     return Sentence(mark="good", lead="Decoding is lossless", text=text)
 
 
+def _speed_mark(speedup: float, interval: Interval | None) -> Mark:
+    """Whether it is a gain, as surely as is known."""
+    return "good" if (interval.low if interval else speedup) > 1 else "warn"
+
+
 def _speed(decode: Decode) -> Sentence:
     """Decoding's speed and tau."""
     text = (
@@ -72,10 +78,12 @@ def _speed(decode: Decode) -> Sentence:
     )
     if decode.speedup is None or decode.plain_tokens_per_s is None:
         return Sentence(mark="info", lead="Speed", text=text + ".")
-    text += f"; plain decoding runs at {decode.plain_tokens_per_s:,.1f}: a speed-up of {decode.speedup:.2f}×."
+    interval = decode.speedup_ci95
+    text += f"; plain decoding runs at {decode.plain_tokens_per_s:,.1f}: a speed-up of {decode.speedup:.2f}×"
+    text += f" ({interval_words(interval)})." if interval else "."
     if decode.speedup < 1 < decode.tau_micro:
         text += " Fewer passes do not pay yet: on this machine a pass over a block costs more than it saves."
-    return Sentence(mark="good" if decode.speedup > 1 else "warn", lead="Speed", text=text)
+    return Sentence(mark=_speed_mark(decode.speedup, interval), lead="Speed", text=text)
 
 
 def decode_sentences(decode: Decode) -> list[Sentence]:
@@ -99,8 +107,9 @@ def decode_tiles(decode: Decode) -> list[Tile]:
     """A decode record's key numbers."""
     tiles = [Tile(name="decode tau", value=f"{decode.tau_micro:.2f}", under=f"micro, {decode.num_prompts:,} prompts")]
     if decode.speedup is not None:
-        mark: Mark = "good" if decode.speedup > 1 else "warn"
+        mark = _speed_mark(decode.speedup, decode.speedup_ci95)
         under = f"{decode.tokens_per_s:,.0f} tokens/s"
+        under += f", {interval_words(decode.speedup_ci95)}" if decode.speedup_ci95 else ""
         tiles.append(Tile(name="speed-up over plain", value=f"{decode.speedup:.2f}×", under=under, mark=mark))
     if decode.tokens_equal is not None:
         tiles.append(_equality_tile(decode))

@@ -45,6 +45,7 @@ class Decode:
     tokens_per_s: float
     plain_tokens_per_s: float | None
     speedup: float | None
+    speedup_ci95: Interval | None
     num_prompts: int
     num_tokens: int
     block_size: int
@@ -174,6 +175,7 @@ def decode_from_json(document: Mapping[str, Any], *, where: str, label: str) -> 
         tokens_per_s=fields.number("tokens_per_s"),
         plain_tokens_per_s=fields.optional_number("plain_tokens_per_s"),
         speedup=fields.optional_number("speedup"),
+        speedup_ci95=fields.optional_interval("speedup_ci95"),
         num_prompts=fields.integer("num_prompts"),
         num_tokens=fields.integer("num_tokens"),
         block_size=fields.integer("block_size"),

@@ -116,14 +116,21 @@ def decode_table(decodes: Sequence[Decode]) -> Table:
             NONE if decode.tau_macro is None else f"{decode.tau_macro:.3f}",
             f"{decode.tokens_per_s:,.1f}",
             NONE if plain is None else f"{plain:,.1f}",
-            NONE if speedup is None else f"{speedup:.2f}×",
+            NONE if speedup is None else _times(speedup, decode.speedup_ci95),
         )
 
     columns = ("decode", "prompts", "tokens", "equal to plain", "tau micro", "tau macro", "tokens/s", "plain tokens/s")
-    note = (
-        "Speeds are of the decoding loops, timed once: prompts' passes and compiling are outside, no interval is known."
-    )
+    note = "Speeds are of the decoding loops, timed once: prompts' passes and compiling are outside"
+    if any(decode.speedup_ci95 for decode in decodes):
+        note += "; intervals are over batches, and hold the machine's noise too."
+    else:
+        note += ", no interval is known."
     return Table(title="Decoding", columns=(*columns, "speed-up"), rows=tuple(map(row, decodes)), notes=(note,))
+
+
+def _times(speedup: float, interval: Interval | None) -> str:
+    """A speed-up with its interval."""
+    return f"{speedup:.2f}×" + (f" [{interval.low:.2f}, {interval.high:.2f}]" if interval else "")
 
 
 def run_table(run: Run) -> Table:
