@@ -131,7 +131,7 @@ def test_tables_of_many_checks_are_read_down(build, tmp_path):
     assert table.rows[2][1:3] == ("0.550\n[0.510, 0.590]",) * 2
     assert "| B accept_len [95 %] | 0.550 [0.510, 0.590] | 0.550 [0.510, 0.590] |" in table.markdown
     assert table.notes == side_by_side(_checks(build, tmp_path, MOST_ALONG + 1)).notes
-    assert "D) x/run-03" in table.notes
+    assert "C) x/run-02" in table.notes
     slots = slot_table(_checks(build, tmp_path, MOST_ALONG + 1))
     assert slots is not None
     assert slots.columns == ("slot", *map(str, range(1, 8)))

@@ -9,7 +9,7 @@ from rich.text import Text
 from dflash_jax.report.check_record import Bucket, Check, Comparison, Difference, check_from_json, check_label
 from dflash_jax.report.tables import NONE, Table, count, lettered, on_its_side, with_interval
 
-MOST_ALONG = 3
+MOST_ALONG = 2
 """Checks whose columns fit beside each other."""
 
 BREAKDOWNS = {
