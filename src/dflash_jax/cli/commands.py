@@ -251,7 +251,8 @@ def _markdown(result: Mapping[str, Any]) -> str:
 def _tokens_equal(result: Mapping[str, Any]) -> bool:
     """Whether decoding lost nothing; in bfloat16 a near tie that was measured to be one may go either way."""
     if result.get("dtype") == "bfloat16" and result.get("tokens_equal") is False:
-        return all(flip["explained"] for flip in result["differences"])
+        # a record that names no flip explains none
+        return bool(result["differences"]) and all(flip["explained"] for flip in result["differences"])
     return result.get("tokens_equal") is not False
 
 
