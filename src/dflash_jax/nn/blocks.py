@@ -365,7 +365,7 @@ def block_attention(
             context_lengths=contexts,
             block_lengths=lengths,
         )
-        out = _attention(looks, blocks, _Context(k=k, v=v))
+        out: Array = _attention(looks, blocks, _Context(k=k, v=v))
         return out.reshape(grouped.shape).swapaxes(1, 2).reshape(anchors, block, heads, head_dim)
 
     operands = (q, block_k, block_v, context_lengths, block_lengths, context_k, context_v)
