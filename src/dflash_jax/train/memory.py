@@ -2,6 +2,7 @@
 
 from dataclasses import asdict, dataclass
 
+import jax
 import jax.numpy as jnp
 
 from dflash_jax.drafter import DrafterConfig
@@ -99,6 +100,11 @@ def _activations(rows: _Rows, drafter: DrafterConfig, *, itemsize: int, remat: b
     return itemsize * (ends + drafter.num_layers * (rows.kept_by_remat() if remat else rows.layer()))
 
 
+def _scores_at_once() -> int:
+    """Arrays of the size of a chunk's scores that the backward pass holds: XLA for CPUs makes most of them in place."""
+    return 3 if jax.default_backend() == "cpu" else 5
+
+
 def step_bytes(
     drafter: DrafterConfig,
     config: TrainConfig,
@@ -149,5 +155,5 @@ def step_bytes(
         activations=_activations(rows, drafter, itemsize=itemsize, remat=config.remat),
         head_scratch=_WIDE * drafted * (chunk + rest + 3 * hidden)
         + (chunk * hidden * itemsize if vocab > chunk else 0),
-        attention_scratch=_WIDE * 5 * scores + (itemsize * rows.layer() if config.remat else 0),
+        attention_scratch=_WIDE * _scores_at_once() * scores + (itemsize * rows.layer() if config.remat else 0),
     )
