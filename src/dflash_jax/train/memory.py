@@ -25,7 +25,8 @@ class StepBytes:
         activations: what the forward pass keeps for the backward pass.
         head_scratch: logits of a chunk of the vocabulary, which turn into exponentials in place, the chunk itself,
             rows of the head.
-        attention_scratch: scores of a chunk of blocks and their slopes; with remat also the layer that is made again.
+        attention_scratch: scores of a chunk of blocks and their slopes (on an NVIDIA GPU in bfloat16, where no score is
+            stored, more than is needed); with remat also the layer that is made again.
     """
 
     weights: int
