@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from dflash_jax.nn import attention, causal_attention, write_rows
+from dflash_jax.nn.product import on_one_cpu
 from oracles import attention as oracle
 
 causal = jax.jit(causal_attention, static_argnames="window")
@@ -133,3 +134,25 @@ def test_written_rows_take_the_buffers_dtype_and_keep_heads_apart():
     assert got.dtype == jnp.bfloat16
     assert got[0, :, 1].tolist() == [[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]]
     assert not got[0, :, 0].any()
+
+
+@pytest.mark.skipif(not on_one_cpu(), reason="it is XLA for one CPU that copies")
+@pytest.mark.parametrize("batch", [1, 3])
+def test_decoding_loop_copies_no_cache(batch: int):
+    """A cache that a loop writes to and attends over is written in place."""
+    kv_heads, capacity, head_dim = 3, 128, 16
+
+    def loop(k: jax.Array, v: jax.Array, q: jax.Array) -> tuple[jax.Array, ...]:
+        def step(carry: tuple[jax.Array, ...], _: None) -> tuple[tuple[jax.Array, ...], None]:
+            k, v, q, starts = carry
+            row = q[:, :, :kv_heads]
+            k, v = (write_rows(part, row, starts) for part in (k, v))
+            return (k, v, causal_attention(q, k, v, starts), starts + 1), None
+
+        carry, _ = jax.lax.scan(step, (k, v, q, jnp.zeros(batch, jnp.int32)), length=8)
+        return carry
+
+    cache = jnp.zeros((batch, kv_heads, capacity, head_dim))
+    compiled = jax.jit(loop, donate_argnums=(0, 1)).lower(cache, cache, jnp.ones((batch, 1, 9, head_dim))).compile()
+    copies = [line for line in compiled.as_text().splitlines() if f"[{batch},3,128,16]" in line and " copy(" in line]
+    assert not copies, copies

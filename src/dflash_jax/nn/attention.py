@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int32
 
-from dflash_jax.nn.product import product
+from dflash_jax.nn.product import on_one_cpu, product
 
 QUERIES_PER_CHUNK = 256  # bounds the score matrix of a long prefill to batch * heads * 256 * capacity
 # A prefill is cut into at most so many spans, each of which meets only the keys up to its end: a quarter of what the
@@ -212,8 +212,15 @@ def write_rows(
 
     The caller guarantees `starts + query <= capacity`: XLA would move a later start back, over rows in use.
     """
-    write = jax.vmap(lambda one, new, start: lax.dynamic_update_slice(one, new, (jnp.int32(0), start, jnp.int32(0))))
-    return write(buffer, rows.swapaxes(1, 2).astype(buffer.dtype), starts)
+    new = rows.swapaxes(1, 2).astype(buffer.dtype)
+    if on_one_cpu() and new.shape[0] == 1:
+        # A single `dynamic_update_slice` XLA for CPUs computes twice, for the loop's next step and for the product that
+        # reads it, and copies the whole cache for both. A scatter of several parts it does in place.
+        head = jnp.arange(new.shape[1], dtype=jnp.int32)[:, None]
+        row = starts[0] + jnp.arange(new.shape[2], dtype=jnp.int32)[None]
+        return buffer.at[0, head, row].set(new[0], mode="promise_in_bounds", unique_indices=True)
+    write = jax.vmap(lambda one, part, start: lax.dynamic_update_slice(one, part, (jnp.int32(0), start, jnp.int32(0))))
+    return write(buffer, new, starts)
 
 
 def write_first_rows(

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int32
 
-from dflash_jax.nn.product import product
+from dflash_jax.nn.product import product, rows_product
 
 VOCAB_CHUNK = 8192
 # Up to this many logits (64 MiB of float32) the head is one product: a scan would copy the head's chunks once more,
@@ -38,7 +38,7 @@ def _fold_chunks(step, carry, head):  # noqa: ANN001, ANN202  (carry is any pytr
 
 
 def _logits(hidden: Float[Array, "row hidden"], weights: Float[Array, "vocab hidden"]) -> Float[Array, "row vocab"]:
-    return product("rh,vh->rv", hidden, weights, out=jnp.float32)
+    return rows_product(hidden, weights, out=jnp.float32)
 
 
 def _best_columns(logits: Float[Array, "row chunk"]) -> tuple[Float[Array, " row"], Int32[Array, " row"]]:

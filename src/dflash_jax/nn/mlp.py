@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from dflash_jax.nn.product import on_one_cpu, product
+from dflash_jax.nn.product import on_one_cpu, product, rows_product
 
 
 @jax.custom_vjp
@@ -18,7 +18,7 @@ def _product(
     A cast before the product would have that gradient in `x`'s dtype: rounded, and over devices summed so. It must not
     be differentiated under `jax.vmap` over sequences, which would make one such gradient per sequence.
     """
-    return product("...i,oi->...o", x, weight.astype(x.dtype))
+    return rows_product(x, weight.astype(x.dtype))
 
 
 def _forward(x: Float[Array, "..."], weight: Float[Array, "..."]):  # noqa: ANN202  (a custom_vjp's pair)

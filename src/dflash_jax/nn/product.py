@@ -23,6 +23,35 @@ def product(terms: str, *operands: Float[Array, "..."], out: Any = None) -> Floa
     return jnp.einsum(terms, *operands, precision=lax.Precision.HIGHEST, preferred_element_type=out)
 
 
+FEW_ROWS = 64
+
+
+def rows_product(
+    x: Float[Array, "*rows in_features"], weight: Float[Array, "out_features in_features"], *, out: Any = None
+) -> Float[Array, "*rows out_features"]:
+    """Return `x @ weight.T` by the form that the device is fastest at.
+
+    On a CPU, XLA's kernels repack the second of a product's operands. With the rows first that is the weights, of which
+    a decoding step reads every one once: up to `FEW_ROWS` float32 rows they come first. A single float32 row is a
+    matrix-vector product and repacks nothing; a single 16-bit row has no such kernel and gets company. Figures are in
+    `docs/design/017-few-rows.md`.
+
+    Args:
+        x: rows.
+        weight: stored `[out, in]`, of `x`'s dtype.
+        out: as in `product`.
+    """
+    rows, wide = x.size // x.shape[-1], x.dtype.itemsize >= 4
+    if on_one_cpu() and wide and 1 < rows <= FEW_ROWS:
+        columns = product("oi,ri->or", weight, x.reshape(rows, -1), out=out)
+        # without the barrier XLA swaps the operands back, to save the transpose of a small result
+        return lax.optimization_barrier(columns).T.reshape(*x.shape[:-1], weight.shape[0])
+    if on_one_cpu() and not wide and rows == 1:
+        two = jnp.pad(x.reshape(1, -1), ((0, 1), (0, 0)))
+        return product("ri,oi->ro", two, weight, out=out)[0].reshape(*x.shape[:-1], weight.shape[0])
+    return product("...i,oi->...o", x, weight, out=out)
+
+
 def on_one_cpu() -> bool:
     """Whether programs run on one CPU device, where no mesh splits an axis and XLA is helped by other forms."""
     return jax.default_backend() == "cpu" and jax.device_count() == 1

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int32, Key, UInt32
 
-from dflash_jax.nn.product import product
+from dflash_jax.nn.product import rows_product
 
 _FLOAT_BITS = 32
 
@@ -135,6 +135,6 @@ def sample_tokens(
         top_k: see `filter_scores`.
         top_p: see `filter_scores`.
     """
-    logits = product("rh,vh->rv", hidden, head, out=jnp.float32)
+    logits = rows_product(hidden, head, out=jnp.float32)
     scores = noisy_scores(logits, keys, temperature=temperature, top_k=top_k, top_p=top_p)
     return jnp.argmax(scores, axis=-1).astype(jnp.int32)

@@ -1,0 +1,33 @@
+"""Where there is one CPU device and no mesh, products take other forms: their tests, once more, there.
+
+The other tests run with two devices, and would never enter those branches.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+TESTS = Path(__file__).parent.parent
+FILES = ["nn/test_product.py", "nn/test_norm_mlp.py", "nn/test_attention.py", "nn/test_blocks.py"]
+
+
+@pytest.mark.slow
+def test_products_and_caches_on_one_cpu():
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "-k",
+        "not library and not transformers",
+        *FILES,
+    ]
+    environment = os.environ | {"DFLASH_JAX_TEST_DEVICES": "1", "JAX_PLATFORMS": "cpu"}
+    ran = subprocess.run(command, cwd=TESTS, env=environment, capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stdout[-4000:] + ran.stderr[-2000:]
+    assert "skipped" not in ran.stdout, ran.stdout[-2000:]
