@@ -1,10 +1,23 @@
-"""What holds in every test: strict jax settings, two CPU devices, the imported SmolLM2.
+"""What holds in every test: strict jax settings, two CPU devices (or `$DFLASH_JAX_TEST_DEVICES`), the imported SmolLM2.
 
-No persistent compilation cache: a test that passes because of what an earlier run compiled is not a test of this run.
+Compiled programs are kept for this run of pytest alone, in a folder that its processes share: the workers, and the
+commands that tests start by the dozen to kill them. Nothing of an earlier run is there: a test that passes because of
+what an earlier run compiled is not a test of this run.
 """
 
+import atexit
 import os
+import shutil
+import tempfile
 from pathlib import Path
+
+if "PYTEST_XDIST_WORKER" not in os.environ and "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    _compiled = tempfile.mkdtemp(prefix="dflash-jax-tests-")
+    atexit.register(shutil.rmtree, _compiled, ignore_errors=True)
+    # in the environment, before jax reads it: workers and commands inherit it
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = _compiled
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
+    os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
 import jax
 import pytest
@@ -13,7 +26,7 @@ from support.smollm2 import smollm2_target
 
 # Before any test touches a device. Mixed dtypes and silent broadcasting over ranks are where numerical bugs hide.
 jax.config.update("jax_platforms", os.environ.get("JAX_PLATFORMS", "cpu"))
-jax.config.update("jax_num_cpu_devices", 2)
+jax.config.update("jax_num_cpu_devices", int(os.environ.get("DFLASH_JAX_TEST_DEVICES", "2")))
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
