@@ -2,11 +2,12 @@
 
     python train_worker.py TARGET SOURCE FOLDER MESH [MESH ...]
 
-trains 20 steps on every mesh into FOLDER/<mesh>. SOURCE is a cache, or a responses file for live features. The last
-line is JSON: by mesh what `train` returned, the shapes that lie on a device, and what the compiled step gathers.
+trains 20 steps on every mesh into FOLDER/<mesh>. SOURCE is a cache, or a responses file for live features; drafters
+are measured on the cache of the environment's EVAL_CACHE, where it is set. The last line is JSON: by mesh what `train` returned, the shapes that lie on a device, and what the compiled step gathers.
 """
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,8 @@ def config_of(target, source, out, mesh):
         "steps": STEPS, "num_layers": 1, "sequences_per_step": 8, "anchors_per_sequence": 8, "checkpoint_every": 10,
         "learning_rate": 1e-3, "mesh": mesh,
     }  # fmt: skip
+    if held_out := os.environ.get("EVAL_CACHE"):
+        settings |= {"eval_cache": Path(held_out)}
     if source.is_file():
         settings |= {"features": "live", "responses": source, "capture_layers": tiny.CAPTURE_LAYERS}
         source = None

@@ -47,6 +47,12 @@ def losses(run):
     return np.array([json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()])
 
 
+def held_out_numbers(run):
+    """Everything measured on held-out prompts, but for the seconds."""
+    rows = [json.loads(line).get("eval") for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in row.items() if name != "seconds"} for row in rows if row]
+
+
 @pytest.fixture(scope="module")
 def even(tmp_path_factory):
     """A target whose vocabulary of 56 divides by 8, and a cache of its responses to eight texts."""
@@ -56,10 +62,17 @@ def even(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def runs(even, tmp_path_factory):
+def held_out(even, tmp_path_factory):
+    """A cache of the same target's responses to other texts."""
+    texts = [text[::-1] for text in tiny.TEXTS[:3]]
+    return tiny_chain.make_cache(tmp_path_factory.mktemp("held-out") / "chain", even[0], texts)
+
+
+@pytest.fixture(scope="module")
+def runs(even, held_out, tmp_path_factory):
     """A run on every mesh of eight devices, all in one program."""
     folder = tmp_path_factory.mktemp("runs")
-    return folder, finish(start([*even, folder, *MESHES], devices=8))
+    return folder, finish(start([*even, folder, *MESHES], devices=8, EVAL_CACHE=str(held_out)))
 
 
 @pytest.mark.slow
@@ -71,6 +84,9 @@ def test_a_mesh_gives_the_losses_of_one_device(runs, mesh):
     assert len(one) == len(many) == 20
     assert one[-1] < one[0] - 0.05
     assert np.abs(many / one - 1).max() < 1e-5
+    measured = held_out_numbers(folder / mesh)
+    assert len(measured) == 2  # at each checkpoint
+    assert measured == held_out_numbers(folder / "data=1")
 
 
 @pytest.mark.slow
@@ -89,11 +105,12 @@ def test_no_device_holds_what_is_split(runs):
 
 
 @pytest.mark.slow
-def test_two_processes_give_the_losses_of_one(runs, even, tmp_path):
+def test_two_processes_give_the_losses_of_one(runs, even, held_out, tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     together = {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}", "JAX_NUM_PROCESSES": "2"}
+    together |= {"EVAL_CACHE": str(held_out)}
     both = [
         start([*even, tmp_path, "data=2,model=2"], devices=2, JAX_PROCESS_ID=str(number), **together)
         for number in range(2)
@@ -102,6 +119,9 @@ def test_two_processes_give_the_losses_of_one(runs, even, tmp_path):
         assert finish(process)["processes"] == 2
     one = losses(runs[0] / "data=1")
     assert np.abs(losses(tmp_path / "data=2,model=2") / one - 1).max() < 1e-5
+    # neither process has the whole head, and both have measured with it
+    assert held_out_numbers(tmp_path / "data=2,model=2") == held_out_numbers(runs[0] / "data=1")
+    assert (tmp_path / "data=2,model=2" / "best").readlink() == (runs[0] / "data=1" / "best").readlink()
     weights = [load_drafter(out / "last") for out in (runs[0] / "data=1", tmp_path / "data=2,model=2")]
     for a, b in zip(*map(jax.tree_util.tree_leaves, weights), strict=True):
         assert np.abs(np.asarray(a) - np.asarray(b)).max() < 1e-4

@@ -3,10 +3,12 @@
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 from jaxtyping import Array, Float
 
 from dflash_jax.accept import bootstrap_interval, evaluate_cache, replay_blocks
@@ -14,6 +16,7 @@ from dflash_jax.cache import Cache, check_fingerprint, open_cache
 from dflash_jax.core import InputError, no_progress
 from dflash_jax.drafter import Drafter
 
+Tree = TypeVar("Tree")
 ANCHORS_PER_CHUNK = 64
 BOOTSTRAP_SAMPLES = 2000
 
@@ -39,12 +42,16 @@ class HeldOut:
     ) -> dict[str, Any]:
         """Return what decoding of the held-out responses would have been.
 
+        Where the run has several processes, all of them call this, and each measures the whole: the arrays are
+        gathered, and nothing has to be told to the others. It takes the whole head and the whole drafter on one device.
+
         Returns:
             `tau_micro` (tokens per block, blocks pooled), `tau_ci95` (its 95 % bootstrap interval over prompts, as
             `check` has it), `tau_macro` (mean of the prompts' means), `accept_len_mean` and `token_acc_mean` (over all
             anchors, as `check` has them), `num_prompts`, `num_seen` (left out), `seconds`.
         """
         started = time.perf_counter()
+        drafter, embed_tokens, head = _gathered((drafter, embed_tokens, head))
         results = evaluate_cache(
             drafter,
             embed_tokens.astype(drafter.fc.weight.dtype),
@@ -77,6 +84,13 @@ class HeldOut:
         }
 
 
+def _gathered(arrays: Tree) -> Tree:
+    """Arrays spread over several processes as whole ones on this process's own device; in one process, as they are."""
+    if jax.process_count() == 1:
+        return arrays
+    return jax.tree_util.tree_map(jnp.asarray, multihost_utils.process_allgather(arrays, tiled=True))
+
+
 def open_held_out(
     path: Path, *, fingerprint: dict[str, Any], seen: frozenset[int], max_positions: int, where: str
 ) -> HeldOut:
@@ -90,13 +104,8 @@ def open_held_out(
         where: what the fingerprint is of, for the message.
 
     Raises:
-        InputError: a bad cache, one of another target or other layers, or one that has no unseen prompt; several
-            processes, each of which would measure with a part of the head.
+        InputError: a bad cache, one of another target or other layers, or one that has no unseen prompt.
     """
-    if jax.process_count() > 1:
-        raise InputError(
-            f"--eval-cache works in one process, this is one of {jax.process_count()}: leave it out, and run `check`"
-        )
     cache = open_cache(path)
     check_fingerprint(cache.manifest, fingerprint, what=where)
     stored = [cache.sequence(index) for index in range(cache.num_sequences)]
