@@ -40,7 +40,9 @@ CACHE_TOKENS_PER_S = 350
 GFLOP_PER_S = 125
 PROMPT_TOKENS, HELD_OUT_PROMPT_TOKENS = 117, 191  # with the chat template
 RESPONSE_SHARE = 0.72  # of the most tokens that a response may have: of 64, 49 end before 160
-HEAD_GFLOP, LAYER_GFLOP, CONTEXT_GFLOP = 0.80, 0.21, 0.23  # an anchor of 8 slots, forward and backward
+HEAD_GFLOP, LAYER_GFLOP = 0.80, 0.21  # an anchor of 8 slots, forward and backward
+CONTEXT_GFLOP, REACH_GFLOP = 4.6, 0.07  # a sequence's 250 rows of context, and an anchor's attention over them
+ADAMW_S = 0.06  # a step
 MUON_GFLOP_PER_LAYER, MUON_GFLOP_PER_CAPTURED = 65, 5  # a step; as slow as if, its products are small
 EVALUATION_ANCHORS_PER_S = 200
 START_S = 15  # a command: imports, compiling
@@ -89,9 +91,9 @@ class Recipe:
     """See `train --loss`."""
     decay_gamma: float = 2.0
     """See `train --decay-gamma`."""
-    optimizer: str = "muon"
+    optimizer: str = "adamw"
     """See `train --optimizer`."""
-    learning_rate: float = 2e-3
+    learning_rate: float = 1e-3
     """At its peak."""
     schedule: str = "cosine"
     """See `train --schedule`."""
@@ -101,11 +103,11 @@ class Recipe:
     """See `train --adam-b2`."""
     weight_decay: float = 0.0
     """See `train --weight-decay`."""
-    steps: int = 420
+    steps: int = 3600
     """Optimizer steps."""
-    sequences_per_step: int = 8
+    sequences_per_step: int = 4
     """Sequences in a step."""
-    anchors_per_sequence: int = 64
+    anchors_per_sequence: int = 16
     """Anchors drawn from each."""
     dtype: str = "float32"
     """Of the drafter's activations in training."""
@@ -131,7 +133,10 @@ LEFT_OUT: dict[str, Callable[[Recipe], dict[str, Any]]] = {
     "anchors": lambda recipe: {"anchors_per_sequence": max(1, recipe.anchors_per_sequence // 4)},
     "depth": lambda _: {"num_layers": 2},
     "captured-layers": lambda _: {"capture_layers": ""},
-    "optimizer": lambda _: {"optimizer": "adamw"},
+    "small-steps": lambda recipe: {
+        "sequences_per_step": 8 * recipe.sequences_per_step,
+        "steps": max(1, recipe.steps // 8),
+    },
 }
 """What a run has in place of an ingredient."""
 
@@ -143,9 +148,10 @@ def budget_s(recipe: Recipe) -> dict[str, float]:
     new, held_out_new = RESPONSE_SHARE * recipe.max_new_tokens, RESPONSE_SHARE * recipe.held_out_tokens
     captured = len(recipe.capture_layers.split(",")) if recipe.capture_layers else 4
     slots = (recipe.block_size - 1) / 7
-    anchor = HEAD_GFLOP * slots + LAYER_GFLOP * recipe.num_layers * recipe.block_size / 8 + CONTEXT_GFLOP
+    anchor = HEAD_GFLOP * slots + LAYER_GFLOP * recipe.num_layers * recipe.block_size / 8 + REACH_GFLOP
     muon = MUON_GFLOP_PER_LAYER * recipe.num_layers + MUON_GFLOP_PER_CAPTURED * captured
-    step = recipe.sequences_per_step * recipe.anchors_per_sequence * anchor + muon * (recipe.optimizer == "muon")
+    optimizer = muon / GFLOP_PER_S if recipe.optimizer == "muon" else ADAMW_S
+    step = recipe.sequences_per_step * (CONTEXT_GFLOP + recipe.anchors_per_sequence * anchor) / GFLOP_PER_S + optimizer
     evaluated = EVALUATIONS * choosing * new / EVALUATION_ANCHORS_PER_S
     return {
         "target": START_S,
@@ -157,7 +163,7 @@ def budget_s(recipe: Recipe) -> dict[str, float]:
         "caches": 3 * START_S
         + (prompts + choosing) * (PROMPT_TOKENS + new) / CACHE_TOKENS_PER_S
         + recipe.held_out * (HELD_OUT_PROMPT_TOKENS + held_out_new) / CACHE_TOKENS_PER_S,
-        "train": START_S + recipe.steps * step / GFLOP_PER_S + evaluated,
+        "train": START_S + recipe.steps * step + evaluated,
         "check": START_S + recipe.held_out * held_out_new / EVALUATION_ANCHORS_PER_S,
         # plainly at 28 tokens a second, and with a drafter that is not slower
         "decode": START_S + 2 * recipe.decode_prompts * held_out_new / 28,

@@ -75,8 +75,13 @@ def test_budget_by_hand():
     # 10 prompts of 117 tokens, 3 held-out ones of 191; 100 steps for each, of whose tokens 72 are there in the end
     assert found["responses"] == pytest.approx(3 * 15 + 13 * 100 / 140 + (10 * 117 + 3 * 191) / 350)
     assert found["caches"] == pytest.approx(3 * 15 + (10 * 189 + 3 * 263) / 350)
-    # 4 steps of 10 anchors of 0.8 + 2 x 0.21 + 0.23 GFLOP, and 4 times 2 x 72 anchors evaluated
-    assert found["train"] == pytest.approx(15 + 4 * 10 * 1.45 / 125 + 4 * 144 / 200)
+    # 4 steps of 2 sequences of 4.6 GFLOP and 5 anchors each of 0.8 + 2 x 0.21 + 0.07, an update of 0.06 s, and 4 times
+    # 2 x 72 anchors evaluated
+    assert found["train"] == pytest.approx(15 + 4 * (2 * (4.6 + 5 * 1.29) / 125 + 0.06) + 4 * 144 / 200)
+    # Muon's iterations are as slow as 65 GFLOP a layer and 5 a captured one
+    muon = budget_s(replace(recipe, optimizer="muon"))["train"]
+    captured = len(recipe.capture_layers.split(","))
+    assert muon - found["train"] == pytest.approx(4 * ((65 * 2 + 5 * captured) / 125 - 0.06))
 
 
 def test_prompts_of_a_mix():
