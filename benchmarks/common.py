@@ -82,7 +82,8 @@ def warm_up(work: Iterable[Work], *, threads: int = 1) -> None:
 def time_interleaved(work: Mapping[str, Work], *, rounds: int, warmups: int = 1) -> dict[str, Times]:
     """Run every contestant once per round and return the times of each.
 
-    The order turns round every other round, so that nobody always runs behind the same neighbour's caches.
+    The order turns round every other round, so that nobody always runs behind the same neighbour's caches. Each time
+    goes to stderr as it is taken: who waits sees what is slow, and a run that is stopped was not for nothing.
 
     Args:
         work: contestants by name. What they return is waited for where it is a pytree of jax arrays.
@@ -99,6 +100,7 @@ def time_interleaved(work: Mapping[str, Work], *, rounds: int, warmups: int = 1)
             jax.block_until_ready(work[name]())
             wall[name].append(time.perf_counter() - wall_start)
             cpu[name].append(time.process_time() - cpu_start)
+            sys.stderr.write(f"round {number + 1}/{rounds}: {name:24} {wall[name][-1]:9.4f} s\n")
     return {name: Times(wall_s=tuple(wall[name]), cpu_s=tuple(cpu[name])) for name in work}
 
 
