@@ -3,7 +3,8 @@
     python train_worker.py TARGET SOURCE FOLDER MESH [MESH ...]
 
 trains 20 steps on every mesh into FOLDER/<mesh>. SOURCE is a cache, or a responses file for live features; drafters
-are measured on the cache of the environment's EVAL_CACHE, where it is set. The last line is JSON: by mesh what `train` returned, the shapes that lie on a device, and what the compiled step gathers.
+are measured on the cache of the environment's EVAL_CACHE, where it is set. The last line is JSON: by mesh what `train`
+returned, the shapes that lie on a device, and what the compiled step gathers.
 """
 
 import json
