@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from dflash_jax.decode import Decoder
+from dflash_jax.decode import Decoder, Sampling, engine
 from dflash_jax.drafter import save_drafter
 from support import tiny, zlab
 
@@ -75,6 +75,48 @@ def test_prompts_at_offsets_of_their_own(decoder, drafter, prompts):
     assert decoder.decode(prompts[:2], position_offset=[0, 131072]).rows[1].tokens == near[1].tokens
     with pytest.raises(ValueError, match="3 position offsets for 2 prompts: give one for all or one for each"):
         decoder.decode(prompts[:2], position_offset=[0, 1, 2])
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 6])
+@pytest.mark.parametrize("sampling", [None, Sampling(temperature=0.9, top_p=0.95, seed=3)], ids=["greedy", "sampled"])
+def test_a_queue_gives_every_prompt_the_tokens_that_it_has_alone(target, prompts, batch_size, sampling):
+    """More prompts than rows; texts that end by a stop id, by the budget and at once."""
+    decoder = Decoder(target, stop_ids=[tiny.STOP_ID], max_new_tokens=MAX_NEW, batch_size=batch_size)
+    many = [*prompts, *(prompt[:2] for prompt in prompts[:5])]
+    streams = [7 * place + 1 for place in range(len(many))]
+    parts = list(decoder.queue(many, sampling=sampling, streams=streams))
+    found = dict(pair for part in parts for pair in part)
+    assert sorted(place for part in parts for place, _ in part) == list(range(len(many)))
+    alone = Decoder(target, stop_ids=[tiny.STOP_ID], max_new_tokens=MAX_NEW, batch_size=1)
+    for place, prompt in enumerate(many):
+        told = {"sampling": sampling, "streams": streams[place : place + 1]}
+        assert found[place] == alone.decode([prompt], **told).rows[0], place
+    assert {row.stopped for row in found.values()} == {True, False}
+
+
+def test_a_queue_does_not_wait_for_its_longest_text(target, prompts, monkeypatch):
+    """Three rows, one of which is long: the others go on with further prompts beside it."""
+    decoder = Decoder(target, stop_ids=[tiny.STOP_ID], max_new_tokens=MAX_NEW, batch_size=3)
+    lengths = [len(row.tokens) for prompt in prompts for row in decoder.decode([prompt]).rows]
+    assert max(lengths) > 2 * min(lengths)
+    steps = []
+    executable = Decoder._executable
+
+    def counted(self, jitted, dynamic, static):
+        run = executable(self, jitted, dynamic, static)
+
+        def call(**arguments):
+            before = np.array(arguments["state"].num_blocks)
+            after = run(**arguments)
+            steps.append(int((np.asarray(after.num_blocks) - before).max()))  # of the row that went on longest
+            return after
+
+        return call if jitted is engine._until else run
+
+    monkeypatch.setattr(Decoder, "_executable", counted)
+    list(decoder.queue(prompts))
+    batches = [lengths[first : first + 3] for first in range(0, len(lengths), 3)]
+    assert sum(steps) < sum(max(batch) - 1 for batch in batches)
 
 
 @pytest.mark.parametrize("blocks_per_step", [1, 3])

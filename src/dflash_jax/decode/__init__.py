@@ -5,7 +5,7 @@ one compiled loop per shape. It imports `core`, `nn`, `drafter` and `targets`.
 """
 
 from dflash_jax.decode.accept import accept_len
-from dflash_jax.decode.engine import Decoded, DecodedBatch, Decoder, Streamed
+from dflash_jax.decode.engine import PROMPT_BUCKET, Decoded, DecodedBatch, Decoder, Streamed
 from dflash_jax.decode.explain import Flip, explain_flip
 from dflash_jax.decode.loop import (
     DecodeState,
@@ -22,6 +22,7 @@ from dflash_jax.decode.loop import (
 from dflash_jax.decode.sampler import Sampler, Sampling, choose_tokens, token_keys
 
 __all__ = [
+    "PROMPT_BUCKET",
     "DecodeState",
     "Decoded",
     "DecodedBatch",

@@ -12,8 +12,11 @@ import numpy as np
 from dflash_jax.decode.loop import (
     DecodeState,
     decode_capacity,
+    idle_rows,
+    place_rows,
     plain_blocks,
     plain_loop,
+    plain_until,
     speculative_blocks,
     speculative_loop,
     start_decoding,
@@ -23,10 +26,16 @@ from dflash_jax.drafter import Drafter
 from dflash_jax.targets import Target, padded_rows, put_batch
 
 PROMPT_BUCKET = 64
+# A queue's rows are refilled by this part of the batch at a time: fewer at once would make many small prompts' passes,
+# more would leave rows idle for longer (on average half of a part).
+REFILL = 4
 
 _start = jax.jit(start_decoding, static_argnames=("capacity", "max_new_tokens"))
 _plain = jax.jit(plain_loop, donate_argnames=("state",))
 _speculative = jax.jit(speculative_loop, static_argnames=("block_size",), donate_argnames=("state",))
+_until = jax.jit(plain_until, donate_argnames=("state",))
+_idle = jax.jit(idle_rows, static_argnames=("rows", "mesh"))
+_place = jax.jit(place_rows, static_argnames=("mesh",), donate_argnames=("state",))
 _plain_blocks = jax.jit(plain_blocks, donate_argnames=("state",))
 _speculative_blocks = jax.jit(speculative_blocks, static_argnames=("block_size",), donate_argnames=("state",))
 
@@ -118,7 +127,7 @@ class Decoder:
         self._compiled: dict[Any, jax.stages.Compiled] = {}
 
     def _executable(
-        self, jitted: jax.stages.Wrapped, dynamic: dict[str, Any], static: dict[str, int]
+        self, jitted: jax.stages.Wrapped, dynamic: dict[str, Any], static: dict[str, Any]
     ) -> jax.stages.Compiled:
         """The executable of a jitted function for arguments of these shapes, compiled when it is met first."""
         leaves, structure = jax.tree_util.tree_flatten(dynamic)
@@ -167,6 +176,62 @@ class Decoder:
             state, loop_s = self._call(_speculative, loop_inputs, {"block_size": block_size})
         rows = _rows(_fetch(_shown(state)), np.asarray(state.stop_ids), lengths, np.zeros_like(lengths))
         return DecodedBatch(rows=rows[: len(prompts)], prefill_s=prefill_s, loop_s=loop_s)
+
+    def queue(
+        self,
+        prompts: Sequence[Sequence[int]],
+        *,
+        sampling: Sampling | None = None,
+        streams: Sequence[int] | None = None,
+    ) -> Iterator[list[tuple[int, Decoded]]]:
+        """Decode any number of prompts plainly, to the tokens of `decode`, and give them as they end.
+
+        A row that is done takes the next prompt, in the order given, as soon as a quarter of the batch is: a batch
+        does not wait for its longest text. All prompts are padded to the longest one's bucket, so a queue should be of
+        prompts of similar length. Prompts' passes are of a quarter of the batch each, so that every prompt meets the
+        same shapes wherever it stands.
+
+        Args:
+            prompts: see `decode`.
+            sampling: see `decode`.
+            streams: see `decode`; by default a prompt's place among all of them.
+
+        Yields:
+            Places of prompts, and their outcomes; every prompt once.
+        """
+        part = padded_rows(self._target.mesh, -(-self._batch_size // REFILL))
+        size = -(-self._batch_size // part) * part
+        longest = max(map(len, prompts))
+        numbers = list(range(len(prompts)) if streams is None else streams)
+        on = {"mesh": self._target.mesh}
+        waiting, free, owners = 0, list(range(size)), dict[int, int]()
+        state: DecodeState | None = None
+        while waiting < len(prompts) or owners:
+            while waiting < len(prompts) and len(free) >= part:
+                taken = range(waiting, min(waiting + part, len(prompts)))
+                chosen = [prompts[place] for place in taken]
+                some = [numbers[place] for place in taken]
+                inputs, _ = self._inputs(chosen, 1, 0, sampling, some, rows=part, longest=longest)
+                new, _ = self._start(inputs, None)
+                if state is None:
+                    state = self._executable(_idle, {"state": new}, {"rows": size} | on)(state=new)
+                rows, free = free[:part], free[part:]
+                placed = {"state": state, "new": new, "rows": jnp.asarray(rows, jnp.int32)}
+                state = self._executable(_place, placed, on)(**placed)
+                owners |= dict(zip(rows, taken, strict=False))
+                free += rows[len(taken) :]
+                waiting += len(taken)
+            assert state is not None
+            enough = len(free) + part if waiting < len(prompts) else size
+            told = {"target": self._target, "state": state, "enough": jnp.int32(min(enough, size))}
+            state = self._executable(_until, told, {})(**told)
+            found = _fetch(_shown(state))
+            ended = [row for row in owners if found.done[row]]
+            lengths = np.zeros(size, np.int32)
+            lengths[ended] = [len(prompts[owners[row]]) for row in ended]
+            outcomes = _rows(found, np.asarray(self._stop_ids), lengths, np.zeros_like(lengths))
+            free += ended
+            yield [(owners.pop(row), outcomes[row]) for row in ended]
 
     def stream(
         self,
@@ -221,10 +286,19 @@ class Decoder:
         position_offset: int | Sequence[int],
         sampling: Sampling | None,
         streams: Sequence[int] | None,
+        *,
+        rows: int | None = None,
+        longest: int = 0,
     ) -> tuple[dict[str, Any], np.ndarray]:
-        """What `start_decoding` is given but for the models, with the capacity, and the prompts' lengths."""
-        tokens, lengths = pad_prompts(prompts, rows=self._batch_size, bucket=self._prompt_bucket)
+        """What `start_decoding` is given but for the models, with the capacity, and the prompts' lengths.
+
+        Rows past the prompts are done from the start. `rows` is the batch's size, by default the decoder's own;
+        prompts are padded as if one had `longest` tokens.
+        """
+        bucket = -(-max(longest, 1) // self._prompt_bucket) * self._prompt_bucket
+        tokens, lengths = pad_prompts(prompts, rows=rows or self._batch_size, bucket=bucket)
         limit = np.minimum(lengths + self._max_new_tokens, self._target.config.max_positions).astype(np.int32)
+        limit[len(prompts) :] = lengths[len(prompts) :] + 1
         batch = {
             "prompts": tokens,
             "lengths": lengths,

@@ -21,13 +21,14 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Int32
 
 from dflash_jax.decode.accept import accept_len
 from dflash_jax.decode.sampler import Sampler, choose_tokens
 from dflash_jax.drafter import ContextKV, Drafter, context_kv, draft_hidden, embed_slots
 from dflash_jax.nn import greedy_tokens, write_rows
-from dflash_jax.targets import KVCache, Target, extend, prefill
+from dflash_jax.targets import KVCache, Target, constrain, extend, pin_cache, prefill
 
 
 class DecodeState(eqx.Module):
@@ -240,6 +241,46 @@ def plain_loop(target: Target, state: DecodeState) -> DecodeState:
 def plain_blocks(target: Target, state: DecodeState, num_blocks: Int32[Array, ""]) -> DecodeState:
     """`plain_loop` for at most `num_blocks` steps."""
     return _some_steps(lambda s: plain_step(target, s), state, num_blocks)
+
+
+_PER_ROW = ("tokens", "start", "limit", "done", "kv", "context", "committed", "accepted", "num_blocks", "sampler")
+
+
+def _pinned(state: DecodeState, mesh: Mesh | None) -> DecodeState:
+    """The state, split over the mesh as `start_decoding` has it: its programs hand it to each other as it is."""
+    one = lambda leaf: constrain(leaf, ("batch", *[None] * (leaf.ndim - 1)), mesh)
+    parts = {name: jax.tree_util.tree_map(one, getattr(state, name)) for name in _PER_ROW if name != "kv"}
+    return replace(state, kv=pin_cache(state.kv, mesh), **parts)
+
+
+def plain_until(target: Target, state: DecodeState, enough: Int32[Array, ""]) -> DecodeState:
+    """Decode plainly until `enough` sequences of the batch are done, counting those that were: what a queue is made of.
+
+    It stops after the step in which they are there, so several may have ended with the last of them.
+    """
+    found = lax.while_loop(lambda s: s.done.sum() < enough, lambda s: plain_step(target, s), state)
+    return _pinned(found, target.mesh)
+
+
+def idle_rows(state: DecodeState, *, rows: int, mesh: Mesh | None) -> DecodeState:
+    """Return a state of so many rows, all of them done and empty, with the capacity and settings of a given state."""
+    blank = lambda leaf: jnp.zeros((rows, *leaf.shape[1:]), leaf.dtype)
+    parts = {name: jax.tree_util.tree_map(blank, getattr(state, name)) for name in _PER_ROW}
+    return _pinned(replace(state, **parts | {"done": jnp.ones(rows, jnp.bool_)}), mesh)
+
+
+def place_rows(state: DecodeState, new: DecodeState, rows: Int32[Array, " new"], *, mesh: Mesh | None) -> DecodeState:
+    """Return the state with sequences of another one, of the same capacity, in the given rows.
+
+    Args:
+        state: where they go; what was in these rows is gone.
+        new: just started, or anywhere in decoding.
+        rows: one for each of its sequences, no row twice.
+        mesh: the target's.
+    """
+    put = lambda old, part: old.at[rows].set(part, unique_indices=True)
+    parts = {name: jax.tree_util.tree_map(put, getattr(state, name), getattr(new, name)) for name in _PER_ROW}
+    return _pinned(replace(state, **parts), mesh)
 
 
 def speculative_loop(target: Target, drafter: Drafter, state: DecodeState, *, block_size: int) -> DecodeState:

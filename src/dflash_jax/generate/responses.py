@@ -1,4 +1,4 @@
-"""The `responses` command: responses of the target, greedy or sampled, batch by batch, resumable."""
+"""The `responses` command: responses of the target, greedy or sampled, in batches that are refilled, resumable."""
 
 import json
 import os
@@ -18,9 +18,9 @@ from dflash_jax.core import (
     sha256_json,
     write_json,
 )
-from dflash_jax.decode import Decoder, Sampling
+from dflash_jax.decode import PROMPT_BUCKET, Decoded, Decoder
 from dflash_jax.generate.config import ResponsesConfig
-from dflash_jax.generate.prompts import EncodedPrompt, by_length, encode_prompts, sample_stream
+from dflash_jax.generate.prompts import EncodedPrompt, encode_prompts, sample_stream
 from dflash_jax.targets import fingerprint, load_target, open_mesh, read_target_config, whole_axes
 from dflash_jax.text import Tokenizer, load_tokenizer
 
@@ -51,22 +51,30 @@ def _read_partial(path: Path, settings: dict[str, Any]) -> dict[str, dict[str, A
     return {row["id"]: row for row in rows[1:]}
 
 
-def _rows(
-    batch: list[EncodedPrompt], decoder: Decoder, tokenizer: Tokenizer, sampling: Sampling | None
-) -> list[dict[str, Any]]:
-    streams = [sample_stream(item.prompt.id) for item in batch]
-    decoded = decoder.decode([item.ids for item in batch], sampling=sampling, streams=streams)
-    return [
-        {
-            "id": item.prompt.id,
-            "set": item.prompt.set,
-            "prompt_ids": item.ids,
-            "response_ids": row.tokens,
-            "finish": "stop" if row.stopped else "length",
-            "text": tokenizer.decode(row.tokens),
-        }
-        for item, row in zip(batch, decoded.rows, strict=True)
-    ]
+def _row(item: EncodedPrompt, outcome: Decoded, tokenizer: Tokenizer) -> dict[str, Any]:
+    return {
+        "id": item.prompt.id,
+        "set": item.prompt.set,
+        "prompt_ids": item.ids,
+        "response_ids": outcome.tokens,
+        "finish": "stop" if outcome.stopped else "length",
+        "text": tokenizer.decode(outcome.tokens),
+    }
+
+
+def _queues(prompts: list[EncodedPrompt], *, batch_size: int) -> list[list[EncodedPrompt]]:
+    """Prompts of similar length together, longest first; a queue of fewer than a batch takes shorter ones too.
+
+    A queue pads all its prompts alike, and its last texts run with ever fewer beside them: so few of them, each even.
+    """
+    queues: list[list[EncodedPrompt]] = []
+    for item in sorted(prompts, key=lambda item: -len(item.ids)):
+        alike = queues and -(-len(item.ids) // PROMPT_BUCKET) == -(-len(queues[-1][0].ids) // PROMPT_BUCKET)
+        if alike or (queues and len(queues[-1]) < batch_size):
+            queues[-1].append(item)
+        else:
+            queues.append([item])
+    return queues
 
 
 def _append(path: Path, rows: list[dict[str, Any]]) -> None:
@@ -80,7 +88,7 @@ def _append(path: Path, rows: list[dict[str, Any]]) -> None:
 def generate_responses(config: ResponsesConfig, *, progress: Move = no_progress) -> dict[str, Any]:
     """Write the target's response to every prompt, greedy or sampled, in the prompts' order, and a record beside them.
 
-    Finished batches are kept in `OUT.partial`, so the same command goes on where a killed one stopped.
+    Finished texts are kept in `OUT.partial`, so the same command goes on where a killed one stopped.
 
     Returns:
         `responses`, `num_prompts`, `num_tokens` (new ones, this run's), `tokens_per_s`, `seconds`, `finish` counts,
@@ -121,12 +129,14 @@ def generate_responses(config: ResponsesConfig, *, progress: Move = no_progress)
         batch_size=min(config.batch_size, max(1, len(todo))),
     )
     num_tokens = 0
-    for batch in by_length(todo, batch_size=config.batch_size):
-        rows = _rows(batch, decoder, tokenizer, config.sampling)
-        _append(partial, rows)
-        done |= {row["id"]: row for row in rows}
-        num_tokens += sum(len(row["response_ids"]) for row in rows)
-        progress(len(done), len(prompts), f"{num_tokens / (time.perf_counter() - started):.0f} tokens/s")
+    for queue in _queues(todo, batch_size=config.batch_size):
+        streams = [sample_stream(item.prompt.id) for item in queue]
+        for ended in decoder.queue([item.ids for item in queue], sampling=config.sampling, streams=streams):
+            rows = [_row(queue[place], outcome, tokenizer) for place, outcome in ended]
+            _append(partial, rows)
+            done |= {row["id"]: row for row in rows}
+            num_tokens += sum(len(row["response_ids"]) for row in rows)
+            progress(len(done), len(prompts), f"{num_tokens / (time.perf_counter() - started):.0f} tokens/s")
     record = make_record(
         "responses", config, seed=config.seed, fingerprint=target_fingerprint, sampling=settings["sampling"]
     )

@@ -7,12 +7,12 @@ jaxtyping and safetensors.
 
 from dflash_jax.targets.config import TargetConfig, default_capture_layers, read_target_config
 from dflash_jax.targets.cost import num_active_parameters, prefill_flops
-from dflash_jax.targets.decoder import DecoderLayer, KVCache, Target, TargetOutput, extend, next_ids, prefill
+from dflash_jax.targets.decoder import DecoderLayer, KVCache, Target, TargetOutput, extend, next_ids, pin_cache, prefill
 from dflash_jax.targets.describe import describe_target
 from dflash_jax.targets.layout import assemble, stored_shapes, tensor_axes, tensor_shapes
 from dflash_jax.targets.loading import fingerprint, load_target
 from dflash_jax.targets.mxfp4 import dequantise_mxfp4
-from dflash_jax.targets.sharding import open_mesh, padded_rows, put_batch, weight_sharding, whole_axes
+from dflash_jax.targets.sharding import constrain, open_mesh, padded_rows, put_batch, weight_sharding, whole_axes
 
 __all__ = [
     "DecoderLayer",
@@ -21,6 +21,7 @@ __all__ = [
     "TargetConfig",
     "TargetOutput",
     "assemble",
+    "constrain",
     "default_capture_layers",
     "dequantise_mxfp4",
     "describe_target",
@@ -31,6 +32,7 @@ __all__ = [
     "num_active_parameters",
     "open_mesh",
     "padded_rows",
+    "pin_cache",
     "prefill",
     "prefill_flops",
     "put_batch",

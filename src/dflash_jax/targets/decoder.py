@@ -61,6 +61,16 @@ class KVCache(eqx.Module):
         return self.layers[0].k.shape[2]
 
 
+def pin_cache(kv: KVCache, mesh: Mesh | None) -> KVCache:
+    """Return the cache, pinned to the table's sharding inside a jitted function; a mesh of None pins nothing."""
+    rows = lambda x: constrain(x, ("batch",), mesh)
+    return KVCache(
+        layers=tuple(_pin_kv(layer, mesh) for layer in kv.layers),
+        lengths=rows(kv.lengths),
+        position_offset=rows(kv.position_offset),
+    )
+
+
 class TargetOutput(eqx.Module):
     """What a forward gives for every token it was fed.
 
