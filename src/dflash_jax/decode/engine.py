@@ -186,8 +186,8 @@ class Decoder:
     ) -> Iterator[list[tuple[int, Decoded]]]:
         """Decode any number of prompts plainly, to the tokens of `decode`, and give them as they end.
 
-        A row that is done takes the next prompt, in the order given, as soon as a quarter of the batch is: a batch
-        does not wait for its longest text. All prompts are padded to the longest one's bucket, so a queue should be of
+        Rows that are done take the next prompts, in the order given, as soon as a quarter of the batch is: a batch does
+        not wait for its longest text. All prompts are padded to the longest one's bucket, so a queue should be of
         prompts of similar length. Prompts' passes are of a quarter of the batch each, so that every prompt meets the
         same shapes wherever it stands.
 
@@ -222,8 +222,8 @@ class Decoder:
                 free += rows[len(taken) :]
                 waiting += len(taken)
             assert state is not None
-            enough = len(free) + part if waiting < len(prompts) else size
-            told = {"target": self._target, "state": state, "enough": jnp.int32(min(enough, size))}
+            enough = jnp.int32(min(len(free) + part, size))
+            told = {"target": self._target, "state": state, "enough": enough}
             state = self._executable(_until, told, {})(**told)
             found = _fetch(_shown(state))
             ended = [row for row in owners if found.done[row]]
