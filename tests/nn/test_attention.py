@@ -154,5 +154,7 @@ def test_decoding_loop_copies_no_cache(batch: int):
 
     cache = jnp.zeros((batch, kv_heads, capacity, head_dim))
     compiled = jax.jit(loop, donate_argnums=(0, 1)).lower(cache, cache, jnp.ones((batch, 1, 9, head_dim))).compile()
-    copies = [line for line in compiled.as_text().splitlines() if f"[{batch},3,128,16]" in line and " copy(" in line]
+    copies = [
+        line for line in str(compiled.as_text()).splitlines() if f"[{batch},3,128,16]" in line and " copy(" in line
+    ]
     assert not copies, copies

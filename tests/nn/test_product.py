@@ -34,5 +34,5 @@ def test_rows_product(rows: tuple[int, ...], dtype: jnp.dtype):
 def test_rows_product_keeps_weights_first():
     """XLA's simplifier would put the rows first again; compiled, the product still begins with the weights."""
     compiled = jax.jit(rows_product).lower(jnp.ones((8, 1, 48)), jnp.ones((40, 48))).compile().as_text()
-    (product_line,) = [line for line in compiled.splitlines() if " dot(" in line]
+    (product_line,) = [line for line in str(compiled).splitlines() if " dot(" in line]
     assert "f32[40,8]" in product_line, product_line

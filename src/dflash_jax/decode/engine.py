@@ -224,8 +224,8 @@ class Decoder:
             assert state is not None
             enough = jnp.int32(min(len(free) + part, size))
             told = {"target": self._target, "state": state, "enough": enough}
-            state = self._executable(_until, told, {})(**told)
-            found = _fetch(_shown(state))
+            now: DecodeState = self._executable(_until, told, {})(**told)
+            state, found = now, _fetch(_shown(now))
             ended = [row for row in owners if found.done[row]]
             lengths = np.zeros(size, np.int32)
             lengths[ended] = [len(prompts[owners[row]]) for row in ended]
