@@ -121,6 +121,16 @@ def test_random_shapes_run_and_are_drawn(tmp_path, capsys, monkeypatch):
     assert figure.count("<path") == 1
 
 
+def test_a_speedup_in_the_millions_is_drawn_with_a_few_lines():
+    """Runs of a millisecond, less their prompts' passes, may be measured as nothing."""
+    path = Path(__file__).parents[2] / "docs" / "results" / "decode-gpt-oss-20b-h100.json"
+    document = json.loads(path.read_text().splitlines()[-1])
+    document["by_batch_size"]["1"]["dflash"]["speedup"]["median"] = 5e7
+    result = document["by_batch_size"]["1"]
+    figure = how_fast.draw([how_fast.Curve(name="a, b, c", result=result, block_size=document["block_size"])])
+    assert figure.count("<line") < 20
+
+
 @pytest.mark.slow
 def test_transformers_and_z_lab_decode_the_same(tmp_path, capsys):
     (tmp_path / "drafter").mkdir()
