@@ -121,9 +121,12 @@ def test_variants():
         {"learning_rate": 1e-3},
     ]
     for name in LEFT_OUT:
-        (setting, value), *others = found[f"without {name}"].items()
-        assert not others, "one ingredient at a time"
-        assert value != getattr(recipe, setting)
+        changes = found[f"without {name}"]
+        assert all(value != getattr(recipe, setting) for setting, value in changes.items())
+        # fewer steps are as many larger ones: the anchors stay
+        assert set(changes) == {"sequences_per_step", "steps"} if name == "small-steps" else len(changes) == 1
+    large = replace(recipe, **found["without small-steps"])
+    assert large.steps * large.sequences_per_step == recipe.steps * recipe.sequences_per_step
     assert found["without data-mix"] == {"mix": "stdlib/complete=720,stdlib/implement=80"}
     for bad, line in (
         ({"without": ("salt",)}, "--without is 'salt': choose all or warm-start"),
