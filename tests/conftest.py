@@ -3,6 +3,10 @@
 Compiled programs are kept for this run of pytest alone, in a folder that its processes share: the workers, and the
 commands that tests start by the dozen to kill them. Nothing of an earlier run is there: a test that passes because of
 what an earlier run compiled is not a test of this run.
+
+Most of the suite's time went to XLA's compiler (36 of 52 s in two files), so it compiles with few optimizations here
+(12 of 27 s). `XLA_FLAGS` in the environment, set to anything or to nothing, gives the compiler that users have, as does
+nn/test_one_cpu.py for what it runs again.
 """
 
 import atexit
@@ -11,10 +15,15 @@ import shutil
 import tempfile
 from pathlib import Path
 
+# in the environment, before jax reads it: workers and commands inherit it
+if "XLA_FLAGS" not in os.environ:
+    os.environ["XLA_FLAGS"] = (
+        "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false "
+        "--xla_llvm_disable_expensive_passes=true"
+    )
 if "PYTEST_XDIST_WORKER" not in os.environ and "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     _compiled = tempfile.mkdtemp(prefix="dflash-jax-tests-")
     atexit.register(shutil.rmtree, _compiled, ignore_errors=True)
-    # in the environment, before jax reads it: workers and commands inherit it
     os.environ["JAX_COMPILATION_CACHE_DIR"] = _compiled
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
     os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"

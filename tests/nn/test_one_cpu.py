@@ -1,6 +1,7 @@
 """Where there is one CPU device and no mesh, products take other forms: their tests, once more, there.
 
-The other tests run with two devices, and would never enter those branches.
+The other tests run with two devices, and would never enter those branches. These also run as users compile, with every
+optimization of XLA, which the others leave out for time.
 """
 
 import os
@@ -27,7 +28,7 @@ def test_products_and_caches_on_one_cpu():
         "not library and not transformers",
         *FILES,
     ]
-    environment = os.environ | {"DFLASH_JAX_TEST_DEVICES": "1", "JAX_PLATFORMS": "cpu"}
+    environment = os.environ | {"DFLASH_JAX_TEST_DEVICES": "1", "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
     ran = subprocess.run(command, cwd=TESTS, env=environment, capture_output=True, text=True, check=False)
     assert ran.returncode == 0, ran.stdout[-4000:] + ran.stderr[-2000:]
     assert "skipped" not in ran.stdout, ran.stdout[-2000:]
