@@ -10,6 +10,9 @@ makes each label from the target's last hidden state and the frozen head, where 
 stores: what that would cost us is timed as a contestant of its own. Memory peaks are those of processes that do one
 thing (--memory).
 
+`--sampled-vocab 8192` times a step whose softmax is estimated from so many tokens beside them: not the same computation
+(docs/design/018-sampled-head.md), for which its ratio to speculators stands apart.
+
 Without a reference, for another machine or other shapes: --alone, and the sizes as flags.
 """
 
@@ -18,7 +21,7 @@ import json
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -67,6 +70,7 @@ class Options:
     head_dim: int
     vocab: int
     sequences: int
+    sampled_vocab: int | None
     dtype: str
     remat: bool
     rounds: int
@@ -96,8 +100,8 @@ class Options:
             vocab_size=self.vocab,
         )
 
-    def training(self, sequences: int) -> TrainConfig:
-        """A run whose denominator is that of speculators."""
+    def training(self, sequences: int, *, is_sampled: bool = False) -> TrainConfig:
+        """A run whose denominator is that of speculators, with all of the vocabulary or a sample."""
         return TrainConfig(
             target=Path(),
             cache=Path(),
@@ -108,6 +112,7 @@ class Options:
             sequences_per_step=sequences,
             anchors_per_sequence=self.anchors,
             loss_denominator="labels",
+            sampled_vocab=self.sampled_vocab if is_sampled else None,
             decay_gamma=GAMMA,
             dtype="bfloat16" if self.dtype == "bfloat16" else "float32",
             remat=self.remat,
@@ -124,11 +129,16 @@ def parse(arguments: list[str] | None) -> Options:
     for name, default in sizes.items():
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--sequences", type=int, default=4, help="of the larger step; 1 is always timed")
+    parser.add_argument(
+        "--sampled-vocab", type=int, help="time a step with a sampled vocabulary too, of so many tokens"
+    )
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--remat", action="store_true")
     parser.add_argument("--ceiling-size", type=int, help="rows of the large product: 2048 on a CPU, else 8192")
     parser.add_argument("--alone", action="store_true", help="leave speculators out")
-    parser.add_argument("--memory", choices=["ours", "speculators"], help="only this, and its peak (used by itself)")
+    parser.add_argument(
+        "--memory", choices=["ours", "ours_sampled", "speculators"], help="only this, and its peak (used by itself)"
+    )
     given = vars(parser.parse_args(arguments))
     given["ceiling_size"] = given["ceiling_size"] or (2048 if jax.default_backend() == "cpu" else 8192)
     return Options(**given)
@@ -184,8 +194,8 @@ def make_world(options: Options) -> World:
 class Ours:
     """Our step; its state goes on from call to call, as in training."""
 
-    def __init__(self, world: World, options: Options, *, sequences: int) -> None:
-        config = options.training(sequences)
+    def __init__(self, world: World, options: Options, *, sequences: int, is_sampled: bool = False) -> None:
+        config = options.training(sequences, is_sampled=is_sampled)
         self._state = new_state(jax.tree_util.tree_map(jnp.copy, world.drafter), config)
         self._ends, self._batch = (world.head, world.head), world.first(sequences)
         self._step = make_step(config).lower(self._state, *self._ends, self._batch).compile()
@@ -361,7 +371,8 @@ def scaled(ratio: Ratio, scale: float) -> Ratio:
 def measure_memory(options: Options, arguments: list[str]) -> dict[str, Any]:
     """Peak of a process that does nothing but some steps, by contestant, one sequence and several."""
     found: dict[str, Any] = {}
-    for name in ["ours"] if options.alone else ["ours", "speculators"]:
+    names = ["ours", *(["ours_sampled"] if options.sampled_vocab else []), *([] if options.alone else ["speculators"])]
+    for name in names:
         for sequences in sorted({1, options.sequences}):
             command = [sys.executable, __file__, *arguments, "--memory", name, "--sequences", str(sequences)]
             done = subprocess.run(command, capture_output=True, text=True, check=True)
@@ -372,7 +383,12 @@ def measure_memory(options: Options, arguments: list[str]) -> dict[str, Any]:
 def memory_alone(options: Options) -> None:
     """Three steps of one contestant, then this process's peak."""
     world = make_world(options)
-    contestant = (Ours if options.memory == "ours" else Speculators)(world, options, sequences=options.sequences)
+    contestant: Callable[[], Any]
+    if options.memory == "speculators":
+        contestant = Speculators(world, options, sequences=options.sequences)
+    else:
+        is_sampled = options.memory == "ours_sampled"
+        contestant = Ours(world, options, sequences=options.sequences, is_sampled=is_sampled)
     for _ in range(3):
         jax.block_until_ready(contestant())
     write_result({"memory": peak_memory_bytes()})
@@ -391,7 +407,11 @@ def compared(times: Mapping[str, Times], options: Options, ceiling_flops: float)
         found = {"share_of_ceiling": ratio(times["ceiling"], ours, one_flops / ceiling_flops)}
         if many > 1:
             found["per_anchor_at_many_over_one"] = ratio(times["ours_many"], ours, 1 / many)
+        if "ours_sampled" in times:
+            found["sampled_speedup"] = ratio(ours, times["ours_sampled"])
         if "speculators" in times:
+            if "ours_sampled" in times:
+                found["speedup_sampled"] = ratio(times["speculators"], times["ours_sampled"])
             found["speedup"] = ratio(times["speculators"], ours)
             found["speedup_with_label_logits"] = ratio(times["speculators"], sum_of(ours, times["label_logits"]))
             if many > 1:
@@ -399,6 +419,15 @@ def compared(times: Mapping[str, Times], options: Options, ceiling_flops: float)
         found["label_logits_over_ours"] = ratio(times["label_logits"], ours)
         result[clock] = found
     return result
+
+
+def accounts(options: Options, steps: Mapping[int, Ours]) -> dict[str, dict[str, int]]:
+    """What our steps need, as `step_bytes` says and as XLA does, by sequences."""
+    said = {
+        str(count): step_bytes(options.drafter, options.training(count), width=options.tokens, tied=True).total
+        for count in steps
+    }
+    return {"said_bytes": said, "xla_bytes": {str(count): step.xla_bytes for count, step in steps.items()}}
 
 
 def agreement(ours: float, theirs: float) -> dict[str, float]:
@@ -438,6 +467,8 @@ def main(arguments: list[str] | None = None) -> int:
         work["ours_many"] = steps[many]
         if not options.alone:
             work["speculators_many"] = Speculators(world, options, sequences=many)
+    if options.sampled_vocab:
+        work["ours_sampled"] = Ours(world, options, sequences=1, is_sampled=True)
     times = time_interleaved(work, rounds=options.rounds, warmups=2)
     result |= {
         "rates": rates(times, options),
@@ -449,12 +480,7 @@ def main(arguments: list[str] | None = None) -> int:
     result["mfu"] = None if peak is None else one / times["ours"].median() / peak
     if peak is not None and many > 1:
         result["mfu_at_many"] = many * one / times["ours_many"].median() / peak
-    result["memory"] = memory or peak_memory_bytes()
-    result["said_bytes"] = {
-        f"{count}": step_bytes(options.drafter, options.training(count), width=options.tokens, tied=True).total
-        for count in sorted({1, many})
-    }
-    result["xla_bytes"] = {str(count): step.xla_bytes for count, step in steps.items()}
+    result |= {"memory": memory or peak_memory_bytes()} | accounts(options, steps)
     for name, part in times.items():
         sys.stderr.write(f"{name:18} {part.median():8.3f} s   {part.median('cpu_s'):8.3f} CPU s\n")
     write_result(result)
@@ -463,7 +489,13 @@ def main(arguments: list[str] | None = None) -> int:
 
 def rates(times: Mapping[str, Times], options: Options) -> dict[str, dict[str, float]]:
     """Medians, and anchors a second where a contestant has anchors."""
-    anchors = {"ours": 1, "speculators": 1, "ours_many": options.sequences, "speculators_many": options.sequences}
+    anchors = {
+        "ours": 1,
+        "ours_sampled": 1,
+        "speculators": 1,
+        "ours_many": options.sequences,
+        "speculators_many": options.sequences,
+    }
     found = {}
     for name, part in times.items():
         wall, cpu = part.median("wall_s"), part.median("cpu_s")

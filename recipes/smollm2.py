@@ -40,7 +40,8 @@ CACHE_TOKENS_PER_S = 350
 GFLOP_PER_S = 125
 PROMPT_TOKENS, HELD_OUT_PROMPT_TOKENS = 117, 191  # with the chat template
 RESPONSE_SHARE = 0.72  # of the most tokens that a response may have: of 64, 49 end before 160
-HEAD_GFLOP, LAYER_GFLOP = 0.80, 0.21  # an anchor of 8 slots, forward and backward
+HEAD_GFLOP, LAYER_GFLOP = 0.80, 0.21  # an anchor of 8 slots, forward and backward, over the whole vocabulary
+VOCAB = 49152
 CONTEXT_GFLOP, REACH_GFLOP = 4.6, 0.07  # a sequence's 250 rows of context, and an anchor's attention over them
 ADAMW_S = 0.06  # a step
 MUON_GFLOP_PER_LAYER, MUON_GFLOP_PER_CAPTURED = 65, 5  # a step; as slow as if, its products are small
@@ -67,7 +68,7 @@ class Recipe:
     """Run the stages in this process: imports and compiling are paid once. Their output goes to OUT/logs."""
 
     mix: str = "problems=480,stdlib/complete=720,stdlib/implement=80"
-    """Training prompts: SET[/FORM]=COUNT, the first so many of each."""
+    """Training prompts: SET[/FORM][@CHARACTERS]=COUNT, the first so many of each that have so many characters."""
     choosing: str = "problems=16,stdlib/complete=16"
     """Prompts that RUN/best is chosen by, the last so many of each."""
     max_new_tokens: int = 160
@@ -91,6 +92,8 @@ class Recipe:
     """See `train --loss`."""
     decay_gamma: float = 2.0
     """See `train --decay-gamma`."""
+    sampled_vocab: int = 4096
+    """See `train --sampled-vocab`; 0: all tokens."""
     optimizer: str = "adamw"
     """See `train --optimizer`."""
     learning_rate: float = 1e-3
@@ -133,6 +136,7 @@ LEFT_OUT: dict[str, Callable[[Recipe], dict[str, Any]]] = {
     "anchors": lambda recipe: {"anchors_per_sequence": max(1, recipe.anchors_per_sequence // 4)},
     "depth": lambda _: {"num_layers": 2},
     "captured-layers": lambda _: {"capture_layers": ""},
+    "sampled-vocab": lambda _: {"sampled_vocab": 0},
     "small-steps": lambda recipe: {
         "sequences_per_step": 8 * recipe.sequences_per_step,
         "steps": max(1, recipe.steps // 8),
@@ -148,7 +152,8 @@ def budget_s(recipe: Recipe) -> dict[str, float]:
     new, held_out_new = RESPONSE_SHARE * recipe.max_new_tokens, RESPONSE_SHARE * recipe.held_out_tokens
     captured = len(recipe.capture_layers.split(",")) if recipe.capture_layers else 4
     slots = (recipe.block_size - 1) / 7
-    anchor = HEAD_GFLOP * slots + LAYER_GFLOP * recipe.num_layers * recipe.block_size / 8 + REACH_GFLOP
+    head = HEAD_GFLOP * slots * (recipe.sampled_vocab or VOCAB) / VOCAB
+    anchor = head + LAYER_GFLOP * recipe.num_layers * recipe.block_size / 8 + REACH_GFLOP
     muon = MUON_GFLOP_PER_LAYER * recipe.num_layers + MUON_GFLOP_PER_CAPTURED * captured
     optimizer = muon / GFLOP_PER_S if recipe.optimizer == "muon" else ADAMW_S
     step = recipe.sequences_per_step * (CONTEXT_GFLOP + recipe.anchors_per_sequence * anchor) / GFLOP_PER_S + optimizer
@@ -272,7 +277,7 @@ def parts_of(mix: str) -> list[tuple[str, int]]:
     for part in mix.split(","):
         source, _, count = part.partition("=")
         if not count.isdigit():
-            raise InputError(f"{part!r} in a mix of prompts: SET=COUNT or SET/FORM=COUNT is needed")
+            raise InputError(f"{part!r} in a mix of prompts: SET[/FORM][@CHARACTERS]=COUNT is needed")
         parts.append((source, int(count)))
     return parts
 
@@ -284,13 +289,24 @@ def prompts_of(mix: str, *, from_the_end: bool = False) -> Iterator[Prompt]:
         InputError: HumanEval's prompts; a source with too few prompts.
     """
     for source, count in parts_of(mix):
-        name, _, form = source.partition("/")
+        asked, _, least = source.partition("@")
+        name, _, form = asked.partition("/")
         if name == HELD_OUT:
             raise InputError(f"{mix!r}: the prompts of {HELD_OUT} are held out")
-        found = [prompt for prompt in prompts_in(name) if not form or prompt.id.endswith(f"/{form}")]
+        if not (least or "0").isdigit():
+            raise InputError(f"{source!r} in a mix of prompts: {least!r} is no number of characters")
+        found = [
+            prompt
+            for prompt in prompts_in(name)
+            if (not form or prompt.id.endswith(f"/{form}")) and _characters(prompt) >= int(least or 0)
+        ]
         if len(found) < count:
             raise InputError(f"{count} prompts of {source} are asked for: it has {len(found)}")
         yield from found[len(found) - count :] if from_the_end else found[:count]
+
+
+def _characters(prompt: Prompt) -> int:
+    return sum(len(message["content"]) for message in prompt.messages or ())
 
 
 def write_lines(path: Path, rows: Sequence[dict[str, Any]]) -> None:
@@ -380,6 +396,7 @@ def train(recipe: Recipe, stages: Stages, target: Path, name: str, *, on: Path, 
         "init": recipe.init,
         "loss": recipe.loss,
         **({} if recipe.loss == "d-pace" else {"decay_gamma": recipe.decay_gamma}),
+        **({"sampled_vocab": recipe.sampled_vocab} if recipe.sampled_vocab else {}),
         "optimizer": recipe.optimizer,
         "schedule": recipe.schedule,
         "learning_rate": recipe.learning_rate,

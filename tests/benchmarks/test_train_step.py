@@ -26,10 +26,11 @@ def test_flops_by_hand():
 
 @pytest.mark.slow
 def test_it_runs_and_says_what_it_measured(capsys):
-    assert benchmark.main(TINY) == 0
+    assert benchmark.main([*TINY, "--sampled-vocab=64"]) == 0
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert set(result["rates"]) == {"ours", "ours_many", "ceiling", "label_logits"}
+    assert set(result["rates"]) == {"ours", "ours_many", "ours_sampled", "ceiling", "label_logits"}
     assert result["rates"]["ours_many"]["anchors_per_s"] > 0
     assert result["ratio"]["wall_s"]["share_of_ceiling"]["rounds"] == 2
-    assert set(result["memory"]) == {"ours_1", "ours_2"}
+    assert result["ratio"]["wall_s"]["sampled_speedup"]["median"] > 0
+    assert set(result["memory"]) == {"ours_1", "ours_2", "ours_sampled_1", "ours_sampled_2"}
     assert 0 < result["said_bytes"]["1"] < result["memory"]["ours_1"]["host_bytes"]

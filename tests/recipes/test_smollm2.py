@@ -70,7 +70,15 @@ def test_the_defaults_are_within_the_budget():
 
 
 def test_budget_by_hand():
-    recipe = small(Path("out"), Path("t"), block_size=8, optimizer="adamw", max_new_tokens=100, held_out_tokens=100)
+    recipe = small(
+        Path("out"),
+        Path("t"),
+        block_size=8,
+        sampled_vocab=0,
+        optimizer="adamw",
+        max_new_tokens=100,
+        held_out_tokens=100,
+    )
     found = budget_s(recipe)
     # 10 prompts of 117 tokens, 3 held-out ones of 191; 100 steps for each, of whose tokens 72 are there in the end
     assert found["responses"] == pytest.approx(3 * 15 + 13 * 100 / 140 + (10 * 117 + 3 * 191) / 350)
@@ -78,6 +86,8 @@ def test_budget_by_hand():
     # 4 steps of 2 sequences of 4.6 GFLOP and 5 anchors each of 0.8 + 2 x 0.21 + 0.07, an update of 0.06 s, and 4 times
     # 2 x 72 anchors evaluated
     assert found["train"] == pytest.approx(15 + 4 * (2 * (4.6 + 5 * 1.29) / 125 + 0.06) + 4 * 144 / 200)
+    sampled = budget_s(replace(recipe, sampled_vocab=12288))["train"]
+    assert found["train"] - sampled == pytest.approx(4 * 2 * 5 * 0.6 / 125)
     # Muon's iterations are as slow as 65 GFLOP a layer and 5 a captured one
     muon = budget_s(replace(recipe, optimizer="muon"))["train"]
     captured = len(recipe.capture_layers.split(","))
@@ -96,8 +106,13 @@ def test_prompts_of_a_mix():
         list(prompts_of("humaneval=3"))
     with pytest.raises(InputError, match="1000 prompts of problems/plain are asked for: it has 284"):
         list(prompts_of("problems/plain=1000"))
-    with pytest.raises(InputError, match="SET=COUNT or SET/FORM=COUNT is needed"):
+    long = list(prompts_of("problems@300=5,problems/plain=2"))
+    assert all(len(prompt.messages[0]["content"]) >= 300 for prompt in long[:5])
+    assert long[5:] == first[:2]
+    with pytest.raises(InputError, match=r"SET\[/FORM\]\[@CHARACTERS\]=COUNT is needed"):
         list(prompts_of("stdlib"))
+    with pytest.raises(InputError, match=r"'problems@long' in a mix of prompts: 'long' is no number of characters"):
+        list(prompts_of("problems@long=3"))
 
 
 def test_prompts_trained_on_are_not_chosen_by(tmp_path):

@@ -23,6 +23,7 @@ from dflash_jax.train import TrainConfig
         ({"weight_decay": -0.1}, r"--weight-decay is -0.1: a number from 0 up is needed"),
         ({"spike_factor": -1.0}, r"--spike-factor is -1.0: a number from 0 up is needed"),
         ({"decay_ratio": 1.0}, r"--decay-ratio is 1.0: a share from 0 to below 1 is needed"),
+        ({"sampled_vocab": 0}, r"--sampled-vocab is 0: a positive number is needed"),
         ({"dpace_alpha": -0.1}, r"--dpace-alpha is -0.1: a number from 0 to 1 is needed"),
         ({"block_size": 1}, r"--block-size is 1: at least 2 are needed \(the anchor and one drafted token\)"),
     ],

@@ -181,6 +181,18 @@ def test_every_loss_and_its_gradient_are_those_of_the_plain_loop(kind, denominat
     assert along == pytest.approx(slope, rel=1e-4)
 
 
+@pytest.mark.parametrize("kind", ["cross-entropy", "d-pace", "kl"])
+def test_a_sample_of_the_whole_vocabulary_gives_the_loss_and_the_gradient(kind):
+    whole = all_anchors(stack(rows(), width=WIDTH), objective=Objective(loss=kind, gamma=GAMMA))
+    sampled = all_anchors(stack(rows(), width=WIDTH), objective=Objective(loss=kind, gamma=GAMMA, sampled_vocab=VOCAB))
+    assert sampled[0] == pytest.approx(whole[0], rel=1e-6)
+    assert sampled[1].accuracy == whole[1].accuracy
+    for ours, theirs in zip(jax.tree_util.tree_leaves(sampled[2]), jax.tree_util.tree_leaves(whole[2]), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-6)
+    part = all_anchors(stack(rows(), width=WIDTH), objective=Objective(loss=kind, gamma=GAMMA, sampled_vocab=VOCAB - 3))
+    assert part[0] != whole[0]
+
+
 def test_dpace_weights_by_hand():
     got = dpace_weights(jnp.array([[1.0, 0.5, 0.0]] * 2), jnp.array([[True, True, True], [True, False, True]]), 0.5)
     # s = 1, 0.75, 0.5, products 1, 0.75, 0.375; where slot 2 has no label its s is 1 and its weight 0

@@ -66,6 +66,7 @@ def full_compiles():
         (WIDER, {"sequences_per_step": 2, "anchors_per_sequence": 32}, 256),
         (WIDER, {"sequences_per_step": 2, "anchors_per_sequence": 32, "remat": True}, 256),
         (SMOLLM2, {"sequences_per_step": 1, "anchors_per_sequence": 256}, 1024),
+        (SMOLLM2, {"sequences_per_step": 1, "anchors_per_sequence": 256, "sampled_vocab": 4096}, 1024),
     ],
 )
 def test_what_is_said_is_within_15_percent_of_what_xla_needs(shape, settings, width):

@@ -36,6 +36,9 @@ def test_gpt_oss_20b_from_its_config_alone(gpt_oss, tmp_path):
     slots, tokens, drafted = 4 * 64 * 8, 4 * 1024, 4 * 64 * 7
     assert told["flops"]["layers"] == 6 * slots * 8 * layer
     assert told["flops"]["head"] == 4 * drafted * 2880 * 201088
+    sampled = plan(gpt_oss, tmp_path, device="h100", sampled_vocab=8192)
+    assert sampled["flops"]["head"] == 4 * drafted * 2880 * 8192
+    assert sampled["memory_traffic"]["logits"] == pytest.approx(told["memory_traffic"]["logits"] * 8192 / 201088)
     assert told["flops"]["context"] == 4 * tokens * 4 * 2880 * 2880 + 12 * tokens * 2880 * 512 * 8
     assert told["flops"]["attention"] == 14 * slots * (1024 + 8) * 4096 * 8
     assert told["flops"]["total"] == told["flops"]["per_device"]

@@ -12,14 +12,17 @@ from dflash_jax.nn.head import (
     HeadPart,
     LinearCrossEntropy,
     OnlinePass,
+    TopPart,
     best_tokens,
     fold_head,
+    fold_top,
     greedy_tokens,
     linear_cross_entropy,
     linear_soft_cross_entropy,
     online_pass,
     top_tokens,
 )
+from dflash_jax.nn.head_sample import Sample, draw_sample, named_tokens
 from dflash_jax.nn.mlp import Linear, SwiGLU
 from dflash_jax.nn.moe import Experts, MoE, apply_experts
 from dflash_jax.nn.norm import RMSNorm
@@ -42,7 +45,9 @@ __all__ = [
     "RMSNorm",
     "Rope",
     "RopeScaling",
+    "Sample",
     "SwiGLU",
+    "TopPart",
     "YarnScaling",
     "anchors_per_chunk",
     "apply_experts",
@@ -52,11 +57,14 @@ __all__ = [
     "block_attention",
     "causal_attention",
     "check_rope_precision",
+    "draw_sample",
     "filter_scores",
     "fold_head",
+    "fold_top",
     "greedy_tokens",
     "linear_cross_entropy",
     "linear_soft_cross_entropy",
+    "named_tokens",
     "noisy_scores",
     "online_pass",
     "prefill_attention",

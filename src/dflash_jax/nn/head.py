@@ -9,8 +9,9 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Int32
+from jaxtyping import Array, Float, Int32, PRNGKeyArray
 
+from dflash_jax.nn.head_sample import Sample, draw_sample, named_tokens
 from dflash_jax.nn.product import product, rows_product
 
 VOCAB_CHUNK = 8192
@@ -19,22 +20,21 @@ VOCAB_CHUNK = 8192
 DIRECT_LOGITS = 2**24
 
 
-def _chunks(
-    head: Float[Array, "vocab hidden"],
-) -> tuple[Float[Array, "chunk rows hidden"], Float[Array, "rest hidden"]]:
-    """The head as equal chunks and the rest (possibly empty), views without a copy of the whole."""
-    vocab, hidden = head.shape
-    whole = vocab // VOCAB_CHUNK * VOCAB_CHUNK
-    return head[:whole].reshape(-1, VOCAB_CHUNK, hidden), head[whole:]
-
-
 def _fold_chunks(step, carry, head):  # noqa: ANN001, ANN202  (carry is any pytree)
-    """Fold `step(carry, weights, first_column)` over the head's chunks in order."""
-    whole, rest = _chunks(head)
-    if whole.shape[0]:
-        starts = jnp.arange(whole.shape[0], dtype=jnp.int32) * VOCAB_CHUNK
-        carry, _ = lax.scan(lambda c, x: (step(c, *x), None), carry, (whole, starts))
-    return step(carry, rest, jnp.int32(whole.shape[0] * VOCAB_CHUNK)) if rest.shape[0] else carry
+    """Fold `step(carry, chunk, first_column)` over equal chunks of the head in order, and the rest where there is one.
+
+    `head` is an array or a pytree of arrays with a row per column of the logits; chunks are views of it.
+    """
+    vocab = jax.tree.leaves(head)[0].shape[0]
+    whole = vocab // VOCAB_CHUNK
+    if whole:
+        chunks = jax.tree.map(lambda x: x[: whole * VOCAB_CHUNK].reshape(whole, VOCAB_CHUNK, *x.shape[1:]), head)
+        starts = jnp.arange(whole, dtype=jnp.int32) * VOCAB_CHUNK
+        carry, _ = lax.scan(lambda c, x: (step(c, *x), None), carry, (chunks, starts))
+    if vocab % VOCAB_CHUNK == 0:
+        return carry
+    rest = jax.tree.map(lambda x: x[whole * VOCAB_CHUNK :], head)
+    return step(carry, rest, jnp.int32(whole * VOCAB_CHUNK))
 
 
 def _logits(hidden: Float[Array, "row hidden"], weights: Float[Array, "vocab hidden"]) -> Float[Array, "row vocab"]:
@@ -84,6 +84,50 @@ def greedy_tokens(hidden: Float[Array, "*rows hidden"], head: Float[Array, "voca
     return best_tokens(hidden, head)[1]
 
 
+class TopPart(eqx.Module):
+    """The likeliest tokens of some rows of the head, for every row of hidden states: enough to join a split vocabulary.
+
+    Attributes:
+        scores: the largest logits, largest first; -inf beyond the rows that there are.
+        tokens: their indices in this part; where some tie, the lower comes first.
+        total: sum of `exp(logit - scores[0])` over all rows of the part.
+    """
+
+    scores: Float[Array, "row count"]
+    tokens: Int32[Array, "row count"]
+    total: Float[Array, " row"]
+
+    def log_probabilities(self) -> Float[Array, "row count"]:
+        """Of a softmax over the part, nats."""
+        return self.scores - self.scores[:, :1] - jnp.log(self.total)[:, None]
+
+
+def fold_top(hidden: Float[Array, "row hidden"], head: Float[Array, "vocab hidden"], *, count: int) -> TopPart:
+    """Return the largest logits that a head, or a part of one, gives every row.
+
+    Args:
+        hidden: rows after the model's final norm.
+        head: rows of the head.
+        count: how many.
+    """
+    rows = hidden.shape[0]
+
+    def step(carry, weights, first):  # noqa: ANN001, ANN202
+        scores, tokens, total = carry
+        logits = _logits(hidden, weights)
+        best, index = lax.top_k(logits, min(count, weights.shape[0]))
+        # what is there already has lower ids, and of equal scores top_k takes the first
+        merged, place = lax.top_k(jnp.concatenate([scores, best], axis=-1), count)
+        tokens = jnp.concatenate([tokens, index.astype(jnp.int32) + first], axis=-1)
+        shrink = jnp.exp(scores[:, 0] - merged[:, 0])
+        total = total * shrink + jnp.exp(logits - merged[:, :1]).sum(axis=-1)
+        return merged, jnp.take_along_axis(tokens, place, axis=-1), total
+
+    start = jnp.full((rows, count), -jnp.inf, jnp.float32), jnp.zeros((rows, count), jnp.int32), jnp.zeros(rows)
+    scores, tokens, total = _fold_chunks(step, start, head)
+    return TopPart(scores=scores, tokens=tokens, total=total)
+
+
 def top_tokens(
     hidden: Float[Array, "*rows hidden"], head: Float[Array, "vocab hidden"], *, count: int
 ) -> tuple[Int32[Array, "*rows {count}"], Float[Array, "*rows {count}"]]:
@@ -96,24 +140,9 @@ def top_tokens(
         head: the vocabulary head, one row per token.
         count: how many, at most the vocabulary.
     """
-    flat = hidden.reshape(-1, hidden.shape[-1])
-    rows = flat.shape[0]
-
-    def step(carry, weights, first):  # noqa: ANN001, ANN202
-        scores, tokens, total = carry
-        logits = _logits(flat, weights)
-        best, index = lax.top_k(logits, min(count, weights.shape[0]))
-        # what is there already has lower ids, and of equal scores top_k takes the first
-        merged, place = lax.top_k(jnp.concatenate([scores, best], axis=-1), count)
-        tokens = jnp.concatenate([tokens, index.astype(jnp.int32) + first], axis=-1)
-        shrink = jnp.exp(scores[:, 0] - merged[:, 0])
-        total = total * shrink + jnp.exp(logits - merged[:, :1]).sum(axis=-1)
-        return merged, jnp.take_along_axis(tokens, place, axis=-1), total
-
-    start = jnp.full((rows, count), -jnp.inf, jnp.float32), jnp.zeros((rows, count), jnp.int32), jnp.zeros(rows)
-    scores, tokens, total = _fold_chunks(step, start, head)
-    logprobs = scores - scores[:, :1] - jnp.log(total)[:, None]
-    return tokens.reshape(*hidden.shape[:-1], count), logprobs.reshape(*hidden.shape[:-1], count)
+    part = fold_top(hidden.reshape(-1, hidden.shape[-1]), head, count=count)
+    rows = hidden.shape[:-1]
+    return part.tokens.reshape(*rows, count), part.log_probabilities().reshape(*rows, count)
 
 
 class LinearCrossEntropy(eqx.Module):
@@ -174,6 +203,8 @@ def fold_head(
     head: Float[Array, "vocab hidden"],
     ids: Int32[Array, "row label"],
     probabilities: Float[Array, "row label"],
+    *,
+    sample: Sample | None = None,
 ) -> HeadPart:
     """Return what a head, or a part of one, says of every row; each chunk's logits are computed once.
 
@@ -182,15 +213,19 @@ def fold_head(
         head: rows of the head.
         ids: labels, in range of `head`.
         probabilities: of the labels; 0 for one that is in another part.
+        sample: the rows of the head that sums are taken over, weighed, and the argmax is looked for in; None: all.
     """
     rows = hidden.shape[0]
 
-    def step(carry, weights, first):  # noqa: ANN001, ANN202
+    def step(carry, chunk, first):  # noqa: ANN001, ANN202
         best, total, expected = carry
+        weights, counts = chunk
         logits = _logits(hidden, weights)
         new_best = _fold_best(best, logits, first)
         shrink = jnp.exp(best[0] - new_best[0])
         exponentials = jnp.exp(logits - new_best[0][:, None])
+        if counts is not None:
+            exponentials *= counts[None]
         expected = expected * shrink[:, None] + product(
             "rv,vh->rh", exponentials.astype(weights.dtype), weights, out=jnp.float32
         )
@@ -198,7 +233,9 @@ def fold_head(
 
     best = (jnp.full(rows, -jnp.inf, jnp.float32), jnp.zeros(rows, jnp.int32))
     start = (best, jnp.zeros(rows, jnp.float32), jnp.zeros(hidden.shape, jnp.float32))
-    (top, token), total, expected = _fold_chunks(step, start, head)
+    columns = (head, None) if sample is None else (head[sample.tokens], sample.weights)
+    (top, token), total, expected = _fold_chunks(step, start, columns)
+    token = token if sample is None else sample.tokens[token]
     label_logit, label_row = _expected_labels(hidden, head, ids, probabilities)
     return HeadPart(top=top, token=token, total=total, expected=expected, label_logit=label_logit, label_row=label_row)
 
@@ -208,18 +245,33 @@ def online_pass(
     head: Float[Array, "vocab hidden"],
     ids: Int32[Array, "row label"],
     probabilities: Float[Array, "row label"],
+    key: PRNGKeyArray | None = None,
+    *,
+    sampled: int | None = None,
 ) -> tuple[LinearCrossEntropy, Float[Array, "row hidden"]]:
     """Return loss, argmax and d loss / d hidden of every row.
 
     The gradient is `sum_v softmax_v head_v - sum over labels of probability * head_label`: an expectation that
     accumulates beside the running softmax sum, as the values do in flash attention.
+
+    Args:
+        hidden: rows after the drafter's final norm.
+        head: the target's frozen head.
+        ids: tokens with a probability, in range.
+        probabilities: of those tokens.
+        key: draws the sample.
+        sampled: tokens that the softmax is estimated from, all labels among them (see `draw_sample`); None: all.
     """
-    part = fold_head(hidden, head, ids, probabilities)
+    sample = None
+    if sampled is not None:
+        assert key is not None
+        sample = draw_sample(named_tokens(ids, probabilities, head.shape[0]), min(sampled, head.shape[0]), key=key)
+    part = fold_head(hidden, head, ids, probabilities, sample=sample)
     result = LinearCrossEntropy(loss=part.top + jnp.log(part.total) - part.label_logit, tokens=part.token)
     return result, part.expected / part.total[:, None] - part.label_row
 
 
-OnlinePass = Callable[[Array, Array, Array, Array], tuple[LinearCrossEntropy, Array]]
+OnlinePass = Callable[[Array, Array, Array, Array, Array | None], tuple[LinearCrossEntropy, Array]]
 
 
 def _result(
@@ -228,12 +280,13 @@ def _result(
     head: Float[Array, "vocab hidden"],
     ids: Int32[Array, "row label"],
     probabilities: Float[Array, "row label"],
+    key: PRNGKeyArray | None,
 ) -> LinearCrossEntropy:
-    return one_pass(hidden, head, ids, probabilities)[0]
+    return one_pass(hidden, head, ids, probabilities, key)[0]
 
 
-def _forward(one_pass, hidden, head, ids, probabilities):  # noqa: ANN001, ANN202
-    result, gradient = one_pass(hidden, head, ids, probabilities)
+def _forward(one_pass, hidden, head, ids, probabilities, key):  # noqa: ANN001, ANN202
+    result, gradient = one_pass(hidden, head, ids, probabilities, key)
     # an empty array carries the dtype of the rows: the gradient stays float32 until the row's weight is in it
     return result, (gradient, jnp.zeros(0, hidden.dtype))
 
@@ -241,7 +294,7 @@ def _forward(one_pass, hidden, head, ids, probabilities):  # noqa: ANN001, ANN20
 def _backward(one_pass, kept, cotangent: LinearCrossEntropy):  # noqa: ANN001, ANN202
     del one_pass
     gradient, like = kept
-    return (gradient * cotangent.loss[:, None]).astype(like.dtype), None, None, None
+    return (gradient * cotangent.loss[:, None]).astype(like.dtype), None, None, None, None
 
 
 _with_slope = jax.custom_vjp(_result, nondiff_argnums=(0,))
@@ -255,22 +308,26 @@ def linear_soft_cross_entropy(
     probabilities: Float[Array, "row label"],
     *,
     one_pass: OnlinePass = online_pass,
+    key: PRNGKeyArray | None = None,
 ) -> LinearCrossEntropy:
     """Return each row's cross-entropy against a distribution over some tokens; differentiable in `hidden` alone.
 
-    `loss = logsumexp(logits) - sum over labels of probability * logit`, the softmax being over the whole vocabulary.
+    `loss = logsumexp(logits) - sum over labels of probability * logit`, the softmax being over the whole vocabulary,
+    or estimated where `one_pass` samples it.
 
-    Cost: `4 * rows * hidden * vocab` FLOPs for the loss and its gradient together (the least there is), in memory
-    `rows * (VOCAB_CHUNK + hidden)` float32 twice over. Neither the head nor the distribution receives a gradient.
+    Cost: `4 * rows * hidden * vocab` FLOPs for the loss and its gradient together (the least there is; `sampled` in
+    place of `vocab` where it is sampled), in memory `rows * (VOCAB_CHUNK + hidden)` float32 twice over. Neither the
+    head nor the distribution receives a gradient.
 
     Args:
         hidden: rows after the drafter's final norm.
         head: the target's frozen head.
         ids: tokens with a probability, in range; several labels of a row are different ones.
         probabilities: of those tokens, float32; they sum to 1.
-        one_pass: how the head is met, where it is not whole on every device.
+        one_pass: how the head is met, where it is not whole on every device or is sampled.
+        key: for `one_pass` to draw with.
     """
-    return _with_slope(one_pass, hidden, head, ids, probabilities)
+    return _with_slope(one_pass, hidden, head, ids, probabilities, key)
 
 
 def linear_cross_entropy(

@@ -80,6 +80,9 @@ class TrainConfig:
     """Slot k weighs exp(-(k-1)/gamma) in the loss (paper: 4 for 8-slot blocks, 5 for 10, 7 for 16); not with d-pace."""
     dpace_alpha: float = 0.5
     """Smoothing of d-pace's probabilities: 1 makes every slot likely to be reached."""
+    sampled_vocab: int | None = None
+    """Estimate the loss's softmax from so many tokens, drawn anew every step: all labels of the step and an even sample
+    of the others. 8192 of 49152 make the head's part of a step a sixth. Default: all."""
     dtype: Dtype = "float32"
     """Of activations and products. Weights, their gradients and all sums, norms, softmax and the loss stay float32."""
     remat: bool = False
@@ -173,7 +176,11 @@ class TrainConfig:
     def objective(self) -> Objective:
         """What is minimised."""
         return Objective(
-            loss=self.loss, denominator=self.loss_denominator, gamma=self.decay_gamma, alpha=self.dpace_alpha
+            loss=self.loss,
+            denominator=self.loss_denominator,
+            gamma=self.decay_gamma,
+            alpha=self.dpace_alpha,
+            sampled_vocab=self.sampled_vocab,
         )
 
     @property

@@ -22,7 +22,7 @@ from dflash_jax.drafter import (
     eligible_anchors,
 )
 from dflash_jax.nn import LinearCrossEntropy, linear_soft_cross_entropy
-from dflash_jax.train.sharding import BLOCKS, pin, split_lookup, split_pass
+from dflash_jax.train.sharding import BLOCKS, head_pass, pin, split_lookup
 
 Loss = Literal["cross-entropy", "d-pace", "kl"]
 Denominator = Literal["weights", "labels"]
@@ -39,12 +39,14 @@ class Objective:
             "labels" + 1e-5 (speculators), which makes the loss smaller and leaves AdamW's steps nearly as they are.
         gamma: decay of `slot_weights`.
         alpha: smoothing of `dpace_weights`.
+        sampled_vocab: tokens that the drafter's softmax is estimated from, drawn anew every step; None: all.
     """
 
     loss: Loss = "cross-entropy"
     denominator: Denominator = "weights"
     gamma: float = 4.0
     alpha: float = 0.5
+    sampled_vocab: int | None = None
 
     def __post_init__(self) -> None:
         """Check the choices and the numbers."""
@@ -56,6 +58,8 @@ class Objective:
                 raise InputError(f"{flag} is {value!r}: choose {', '.join(choices[:-1])} or {choices[-1]}")
         if not self.gamma > 0:
             raise InputError(f"--decay-gamma is {self.gamma}: a number above 0 is needed")
+        if self.sampled_vocab is not None and self.sampled_vocab < 1:
+            raise InputError(f"--sampled-vocab is {self.sampled_vocab}: a positive number is needed")
         if not 0 <= self.alpha <= 1:
             raise InputError(f"--dpace-alpha is {self.alpha}: a number from 0 to 1 is needed")
 
@@ -65,7 +69,8 @@ class StepStatistics(eqx.Module):
 
     Attributes:
         loss: the objective, nats per weighted or per labelled slot.
-        accuracy: share of labelled slots whose label is the drafter's argmax (token_acc, pooled).
+        accuracy: share of labelled slots whose label is the drafter's argmax (token_acc, pooled); with a sampled
+            vocabulary the argmax of the sample, which has every label.
         accuracy_by_slot: the same for each slot 1 to B-1; 0 where a slot had no label.
         num_labels: labelled slots.
     """
@@ -177,6 +182,9 @@ def block_loss(
     to sum to 1 (what was not stored is left out), to the drafter's over the whole vocabulary: `sum p (log p - log q)`.
     Its least value is 0, where the drafter has all its mass on those tokens in the target's ratios.
 
+    With `objective.sampled_vocab` the sum under log q is an estimate from all labels of the step and some other tokens
+    (docs/design/018-sampled-head.md): unbiased, its logarithm a little low.
+
     Args:
         drafter: differentiated.
         embed_tokens: the target's embedding, frozen.
@@ -184,7 +192,7 @@ def block_loss(
         sequences: a batch, axis 0; for "kl" with `top_ids` and `top_logprobs`.
         anchors_per_sequence: anchors drawn from each sequence.
         objective: what is minimised.
-        key: draws the anchors.
+        key: draws the anchors and the sampled vocabulary.
         compute: how the drafter is computed; the loss is float32.
         mesh: devices that the sequences, blocks and the head are split over; None is one device.
     """
@@ -211,7 +219,8 @@ def block_loss(
         head,
         slots.ids.reshape(-1, slots.ids.shape[-1]),
         probabilities.reshape(-1, probabilities.shape[-1]),
-        one_pass=split_pass(mesh, head.shape[0]),
+        one_pass=head_pass(mesh, head.shape[0], sampled=objective.sampled_vocab),
+        key=None if objective.sampled_vocab is None else jax.random.fold_in(key, 1),
     )
     per_slot, correct = rows.loss.reshape(labels.shape), rows.tokens.reshape(labels.shape) == labels
     if is_soft:

@@ -23,8 +23,8 @@ class StepBytes:
         batch: features, tokens and labels of the sequences.
         gradient: float32, and once more while it is clipped.
         activations: what the forward pass keeps for the backward pass.
-        head_scratch: logits of a chunk of the vocabulary, which turn into exponentials in place, the chunk itself,
-            rows of the head.
+        head_scratch: logits of a chunk of the vocabulary, which turn into exponentials in place, the chunk itself or
+            the sampled vocabulary, rows of the head.
         attention_scratch: scores of a chunk of blocks and their slopes (on an NVIDIA GPU in bfloat16, where no score is
             stored, more than is needed); with remat also the layer that is made again.
     """
@@ -142,8 +142,11 @@ def step_bytes(
         kv=drafter.num_kv_heads * drafter.head_dim,
         inner=drafter.intermediate_size,
     )
-    drafted, chunk = sequences * anchors * (block - 1), min(vocab, VOCAB_CHUNK)
-    rest = vocab % VOCAB_CHUNK if vocab > chunk else 0
+    columns = min(config.sampled_vocab or vocab, vocab)
+    drafted, chunk = sequences * anchors * (block - 1), min(columns, VOCAB_CHUNK)
+    rest = columns % VOCAB_CHUNK if columns > chunk else 0
+    # a chunk of the head is copied, and all rows that a sample takes are
+    copied = columns if columns < vocab else chunk if vocab > chunk else 0
     blocks = anchors_per_chunk(anchors, block=block, heads=drafter.num_heads, context=width)
     scores = sequences * blocks * block * drafter.num_heads * width
     moments = 2 * (weights - matrices) + matrices if config.optimizer == "muon" else 2 * weights
@@ -154,7 +157,6 @@ def step_bytes(
         batch=sequences * width * (drafter.num_features * features_itemsize + 8),
         gradient=2 * _WIDE * weights,
         activations=_activations(rows, drafter, itemsize=itemsize, remat=config.remat),
-        head_scratch=_WIDE * drafted * (chunk + rest + 3 * hidden)
-        + (chunk * hidden * itemsize if vocab > chunk else 0),
+        head_scratch=_WIDE * drafted * (chunk + rest + 3 * hidden) + copied * hidden * itemsize,
         attention_scratch=_WIDE * _scores_at_once() * scores + (itemsize * rows.layer() if config.remat else 0),
     )

@@ -84,6 +84,11 @@ class Shapes:
         return self.config.sequences_per_step * self.anchors * self.drafter.block_size
 
     @property
+    def columns(self) -> int:
+        """Tokens of the vocabulary that a step's loss computes."""
+        return min(self.config.sampled_vocab or self.target.vocab_size, self.target.vocab_size)
+
+    @property
     def drafted(self) -> int:
         """Slots that meet the head."""
         return self.config.sequences_per_step * self.anchors * (self.drafter.block_size - 1)
@@ -96,7 +101,7 @@ def step_flops(shapes: Shapes) -> dict[str, float]:
     layer's keys and values of the context, three times (`6 C H 2kv`). `layers`: `6 N P` for N slots and P weights in
     matrices that slots meet (8 with --remat). `attention`: over the whole width, as it is computed, two products
     forward and five backward, which makes the scores again. `head`: `4 R H V`, loss and gradient in one pass over R
-    drafted slots. `target`: its prefill, with live features.
+    drafted slots and V tokens, sampled or all. `target`: its prefill, with live features.
     """
     drafter, hidden = shapes.drafter, shapes.drafter.hidden_size
     query, kv = drafter.num_heads * drafter.head_dim, drafter.num_kv_heads * drafter.head_dim
@@ -108,7 +113,7 @@ def step_flops(shapes: Shapes) -> dict[str, float]:
         + 12.0 * shapes.tokens * hidden * kv * drafter.num_layers,
         "layers": (8.0 if shapes.config.remat else 6.0) * shapes.slots * matrices,
         "attention": 14.0 * shapes.slots * seen * query * drafter.num_layers,
-        "head": 4.0 * shapes.drafted * hidden * drafter.vocab_size,
+        "head": 4.0 * shapes.drafted * hidden * shapes.columns,
         "target": target if shapes.config.features == "live" else 0.0,
     }
 
@@ -184,14 +189,14 @@ def memory_traffic(shapes: Shapes, memory: dict[str, int]) -> dict[str, float]:
     weights, _ = num_parameters(drafter)
     devices = shapes.groups * shapes.block_parts
     scores = shapes.slots * drafter.num_heads * shapes.width * drafter.num_layers / devices
-    logits = shapes.drafted / shapes.groups * drafter.vocab_size / shapes.head_parts
+    logits = shapes.drafted / shapes.groups * shapes.columns / shapes.head_parts
     return {
         "weights": 5.0 * _WIDE * weights,
         "optimizer": 7.0 * _WIDE * weights / shapes.mesh.size,
         "activations": 2.0 * memory["activations"],
         "scores": 6.0 * _WIDE * scores,
         "logits": 4.0 * _WIDE * logits,
-        "head": float(drafter.vocab_size * drafter.hidden_size * shapes.itemsize / shapes.head_parts),
+        "head": float(shapes.columns * drafter.hidden_size * shapes.itemsize / shapes.head_parts),
         "target": float(memory["target"]),
     }
 

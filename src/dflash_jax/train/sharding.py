@@ -1,6 +1,7 @@
 """How a training step lies on a mesh: its rows, its state, and its head; `core.LOGICAL_AXES` says what goes where."""
 
 from collections.abc import Mapping
+from functools import partial
 from typing import TypeVar
 
 import jax
@@ -8,11 +9,19 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, Float, Int32
+from jaxtyping import Array, Float, Int32, PRNGKeyArray
 
 from dflash_jax.core import InputError, MeshShape, mesh_shape, split_axes
 from dflash_jax.drafter import Lookup, take_rows
-from dflash_jax.nn import HeadPart, LinearCrossEntropy, OnlinePass, fold_head, online_pass
+from dflash_jax.nn import (
+    HeadPart,
+    LinearCrossEntropy,
+    OnlinePass,
+    draw_sample,
+    fold_head,
+    named_tokens,
+    online_pass,
+)
 
 Tree = TypeVar("Tree")
 BLOCKS = ("batch", "anchors")  # logical axes of what is [batch, anchor, ...]
@@ -128,20 +137,24 @@ def _join(part: HeadPart, first: Int32[Array, ""], axis: str) -> tuple[LinearCro
     return LinearCrossEntropy(loss=top + jnp.log(total) - label_logit, tokens=tokens), gradient
 
 
-def split_pass(mesh: Mesh | None, vocab_size: int) -> OnlinePass:
-    """Return `nn.online_pass` for a head that is split over its vocabulary: no device sees another's part of it.
+def head_pass(mesh: Mesh | None, vocab_size: int, *, sampled: int | None = None) -> OnlinePass:
+    """Return `nn.online_pass` for a head that may be split over its vocabulary: no device sees another's part of it.
 
-    Each device folds its own rows of the head for all rows of hidden states of its data group.
+    Each device folds its own rows of the head for all rows of hidden states of its data group, or its share of
+    `sampled` of them. A sample then depends on the mesh; what it estimates does not.
 
     Args:
         mesh: the run's.
         vocab_size: rows of the head; where the mesh cannot divide them, every device has all.
+        sampled: see `nn.online_pass`; all devices together.
     """
+    whole = online_pass if sampled is None else partial(online_pass, sampled=sampled)
     if mesh is None:
-        return online_pass
-    (over,) = split_axes(("vocab",), (vocab_size,), mesh_shape(mesh))
+        return whole
+    shape = mesh_shape(mesh)
+    (over,) = split_axes(("vocab",), (vocab_size,), shape)
     if over is None:
-        return online_pass
+        return whole
     (axis,) = over
 
     def one_pass(
@@ -149,25 +162,33 @@ def split_pass(mesh: Mesh | None, vocab_size: int) -> OnlinePass:
         head: Float[Array, "vocab hidden"],
         ids: Int32[Array, "row label"],
         probabilities: Float[Array, "row label"],
+        key: PRNGKeyArray | None = None,
     ) -> tuple[LinearCrossEntropy, Float[Array, "row hidden"]]:
-        def local(hidden: Array, head: Array, ids: Array, probabilities: Array) -> tuple[LinearCrossEntropy, Array]:
-            size = head.shape[0]
-            first = lax.axis_index(axis).astype(jnp.int32) * jnp.int32(size)
+        def local(
+            hidden: Array, head: Array, ids: Array, probabilities: Array, key: Array | None
+        ) -> tuple[LinearCrossEntropy, Array]:
+            size, part = head.shape[0], lax.axis_index(axis).astype(jnp.int32)
+            first = part * jnp.int32(size)
             own = ids - first
             here = (own >= 0) & (own < size)
-            part = fold_head(hidden, head, jnp.clip(own, 0, size - 1), jnp.where(here, probabilities, 0.0))
-            return _join(part, first, axis)
+            ids, probabilities = jnp.clip(own, 0, size - 1), jnp.where(here, probabilities, 0.0)
+            sample = None
+            if sampled is not None:
+                assert key is not None
+                named, count = named_tokens(ids, probabilities, size), min(-(-sampled // shape.along(over)), size)
+                sample = draw_sample(named, count, key=jax.random.fold_in(key, part))
+            return _join(fold_head(hidden, head, ids, probabilities, sample=sample), first, axis)
 
         # the batch is outermost in the rows, and divides by its devices
-        rows = PartitionSpec(*split_axes(("batch",), hidden.shape[:1], mesh_shape(mesh)))
+        rows = PartitionSpec(*split_axes(("batch",), hidden.shape[:1], shape))
         return jax.shard_map(
             local,
             mesh=mesh,
-            in_specs=(rows, PartitionSpec(axis), rows, rows),
+            in_specs=(rows, PartitionSpec(axis), rows, rows, PartitionSpec()),
             out_specs=(rows, rows),  # of every leaf
             # every device along the axis ends with the same numbers, which the checker cannot see through the loop
             check_vma=False,
-        )(hidden, head, ids, probabilities)
+        )(hidden, head, ids, probabilities, key)
 
     return one_pass
 
