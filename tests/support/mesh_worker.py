@@ -20,10 +20,11 @@ from jax.experimental import multihost_utils
 
 from dflash_jax.core import make_mesh, parse_mesh, start_processes
 from dflash_jax.nn import MoE
-from dflash_jax.targets import extend, load_target, next_ids, prefill, put_batch
+from dflash_jax.targets import extend, load_target, next_ids, next_top, prefill, put_batch
 
 CAPTURE_LAYERS = (1, 0)
 ROWS, LENGTH, NEW = 8, 11, 3  # sequences, tokens of the prefill and of the block after it
+TOP = 20  # likeliest tokens: more than a device has of a vocabulary of 104 split eight ways
 
 
 def batch(vocab_size):
@@ -44,8 +45,9 @@ def forward(target, given):
     )  # fmt: skip
     second = extend(target, first.kv, given["block"], capture_layers=CAPTURE_LAYERS)
     ids = next_ids(target, first.hidden), next_ids(target, second.hidden)
+    top_ids, top_logprobs = next_top(target, first.hidden, count=TOP)
     outputs = {"features": first.features, "next_ids": ids[0], "block_features": second.features, "block_ids": ids[1]}
-    return outputs, second.kv
+    return outputs | {"top_ids": top_ids, "top_logprobs": top_logprobs}, second.kv
 
 
 def shard_shapes(arrays):

@@ -15,6 +15,7 @@ from dflash_jax.core import InputError, MeshShape, make_mesh, save_tensors
 from dflash_jax.targets import describe_target, load_target, read_target_config, stored_shapes, whole_axes
 
 WORKER = Path(support.mesh_worker.__file__)
+TOP = support.mesh_worker.TOP
 SIZES = {
     # whatever a mesh of 8 splits divides by 8
     "even": {"vocab_size": 104, "intermediate_size": 40, "num_attention_heads": 16, "num_key_value_heads": 8},
@@ -42,7 +43,7 @@ RUNS = [
     *(("grouped", mesh) for mesh in ("data=1", "data=2,model=4")),
     *(("experts", mesh) for mesh in ("data=1", "data=2,expert=2,model=2")),
 ]
-OUTPUTS = ("features", "next_ids", "block_features", "block_ids")
+OUTPUTS = ("features", "next_ids", "block_features", "block_ids", "top_ids", "top_logprobs")
 
 
 def write_target(folder, sizes):
@@ -71,7 +72,8 @@ def folders(tmp_path_factory):
 def start(folders, out, runs, *, devices, **environment):
     """The worker program, which sees so many devices."""
     arguments = [part for name, mesh in runs for part in (str(folders[name]), mesh)]
-    flags = {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}", "JAX_PLATFORMS": "cpu"}
+    devices_flag = f"--xla_force_host_platform_device_count={devices}"
+    flags = {"XLA_FLAGS": f"{os.environ['XLA_FLAGS']} {devices_flag}", "JAX_PLATFORMS": "cpu"}
     path = {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     return subprocess.Popen(
         [sys.executable, str(WORKER), str(out), *arguments],
@@ -131,11 +133,14 @@ def test_no_device_holds_a_full_copy_of_what_should_be_split(runs):
     }  # fmt: skip
 
 
-def test_the_forward_gathers_nothing_but_the_heads_two_numbers_per_row(runs):
+def test_the_forward_gathers_nothing_but_a_few_numbers_per_row_of_the_head(runs):
     for mesh, model in (("data=8", None), ("data=2,model=4", 4), ("model=8", 8)):
         rows = 8 if mesh == "model=8" else 4
-        wanted = [f"{kind}[{model},{rows},{tokens}]" for kind in ("f32", "s32") for tokens in (11, 3)] if model else []
-        assert runs[1][f"even/{mesh}"]["gathers"] == wanted
+        greedy, top = (f"[{model},{rows},{{}}]".format, f"[{11 * rows},{TOP * (model or 1)}]")
+        wanted = (
+            [f"{kind}{shape}" for kind in ("f32", "s32") for shape in (greedy(11), greedy(3), top)] if model else []
+        )
+        assert runs[1][f"even/{mesh}"]["gathers"] == sorted(wanted)
 
 
 def test_what_does_not_divide_is_whole_on_every_device_and_told(runs, folders):
@@ -158,10 +163,10 @@ def test_experts_lie_on_their_own_devices_and_rows_on_both_axes(runs):
     shards = runs[1]["experts/data=2,expert=2,model=2"]["shards"]
     assert (shards["gate_up_proj"], shards["down_proj"]) == ([[3, 24, 20]], [[3, 10, 24]])
     assert (shards["keys"], shards["features"]) == ([[2, 2, 14, 6]], [[2, 11, 48]])
-    # gathered: rows along the expert axis (4 of 8), the router (6 x 24, its biases), the head's two numbers per row
+    # gathered: rows along the expert axis (4 of 8), the router (6 x 24, its biases), the head's few numbers per row
     gathers = runs[1]["experts/data=2,expert=2,model=2"]["gathers"]
     rows = {f"f32[4,{tokens},24]" for tokens in (11, 3)}
-    head = {f"{kind}[2,2,{tokens}]" for kind in ("f32", "s32") for tokens in (11, 3)}
+    head = {f"{kind}{shape}" for kind in ("f32", "s32") for shape in ("[2,2,11]", "[2,2,3]", f"[{2 * 11},{2 * TOP}]")}
     assert set(gathers) <= rows | head | {"f32[6,24]", "f32[6]"}
 
 

@@ -181,12 +181,6 @@ def test_the_fingerprint_is_that_of_a_cache(target_folder, responses):
     assert live.fingerprint == {"target_weights": "w", "rope": rope, "capture_layers": [1, 3]}
 
 
-def test_kl_live_does_not_split_the_head(tmp_path, target_folder, responses):
-    config = live_config(target_folder, responses, tmp_path / "run", loss="kl", mesh="data=1,model=2")
-    with pytest.raises(InputError, match="--loss kl with --features live meets the whole head on every device, and"):
-        train(config)
-
-
 def test_top_k_is_of_live_kl_alone(tmp_path, target_folder, responses, cache):
     config = live_config(target_folder, responses, tmp_path / "run", loss="kl")
     assert config.live_top_k == 32

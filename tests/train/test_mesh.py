@@ -21,7 +21,7 @@ from dflash_jax.nn import online_pass
 from dflash_jax.targets import load_target
 from dflash_jax.train import train
 from dflash_jax.train.init import drafter_config, new_drafter
-from dflash_jax.train.sharding import check_batch, split_pass
+from dflash_jax.train.sharding import check_batch, head_pass
 from support import tiny, tiny_chain
 
 WORKER = Path(support.train_worker.__file__)
@@ -29,7 +29,8 @@ MESHES = ("data=1", "data=8", "data=2,model=4", "model=8")
 
 
 def start(arguments, *, devices, **environment):
-    flags = {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}", "JAX_PLATFORMS": "cpu"}
+    devices_flag = f"--xla_force_host_platform_device_count={devices}"
+    flags = {"XLA_FLAGS": f"{os.environ['XLA_FLAGS']} {devices_flag}", "JAX_PLATFORMS": "cpu"}
     path = {"PYTHONPATH": os.pathsep.join([str(WORKER.parents[1]), *filter(None, sys.path)])}
     return subprocess.Popen(
         [sys.executable, str(WORKER), *map(str, arguments)],
@@ -158,10 +159,11 @@ def test_a_run_goes_on_on_other_devices(even, tmp_path):
 
 
 @pytest.mark.slow
-def test_live_features_on_a_mesh(even, tmp_path):
+@pytest.mark.parametrize("loss", ["cross-entropy", "kl"])
+def test_live_features_on_a_mesh(even, tmp_path, loss):
     target, cache = even
     config = support.train_worker.config_of(target, cache.parent / "responses.jsonl", tmp_path / "one", "data=1")
-    config = dataclasses.replace(config, steps=3)
+    config = dataclasses.replace(config, steps=3, loss=loss)
     train(config)
     train(dataclasses.replace(config, out=tmp_path / "two", mesh="model=2"))
     assert np.abs(losses(tmp_path / "two") / losses(tmp_path / "one") - 1).max() < 1e-5
@@ -182,7 +184,7 @@ def test_a_split_head_says_what_a_whole_one_does():
     head = head.at[7].set(head[2])
     hidden = hidden.at[0].set(head[2] * 3)
     mesh = make_mesh(MeshShape(model=2))
-    one_pass = split_pass(mesh, head.shape[0])
+    one_pass = head_pass(mesh, head.shape[0])
     assert one_pass is not online_pass
     expected, slope = online_pass(hidden, head, ids, probabilities)
     got, split_slope = jax.jit(one_pass)(hidden, head, ids, probabilities)
@@ -191,8 +193,22 @@ def test_a_split_head_says_what_a_whole_one_does():
     assert np.abs(np.asarray(got.loss) - np.asarray(expected.loss)).max() < 1e-5
     assert np.abs(np.asarray(split_slope) - np.asarray(slope)).max() < 1e-5
     # 12 rows do not divide by 5 devices, and one device splits nothing
-    assert split_pass(make_mesh(MeshShape(model=2)), 13) is online_pass
-    assert split_pass(None, 12) is online_pass
+    assert head_pass(make_mesh(MeshShape(model=2)), 13) is online_pass
+    assert head_pass(None, 12) is online_pass
+
+
+def test_a_split_head_samples_each_part():
+    given = some_rows()
+    mesh, key = make_mesh(MeshShape(model=2)), jax.random.key(1)
+    everything, slope = online_pass(*given)
+    got, split_slope = jax.jit(head_pass(mesh, 12, sampled=12))(*given, key)
+    assert np.abs(np.asarray(got.loss) - np.asarray(everything.loss)).max() < 1e-5
+    assert np.abs(np.asarray(split_slope) - np.asarray(slope)).max() < 1e-5
+    # half of either part: what is left out, another draw has
+    keys = jax.random.split(key, 2000)
+    total = jax.jit(jax.vmap(lambda key: jnp.exp(head_pass(mesh, 12, sampled=10)(*given, key)[0].loss)))(keys)
+    np.testing.assert_allclose(np.mean(total, axis=0), np.exp(everything.loss), rtol=0.05)
+    assert np.std(np.asarray(total), axis=0).max() > 0.01
 
 
 @pytest.mark.parametrize(("mesh", "batch"), [("data=4", 6), ("data=2,expert=2", 2), ("data=2,model=4", 3)])

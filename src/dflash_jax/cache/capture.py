@@ -18,7 +18,6 @@ from dflash_jax.cache.features import FeatureLayout, store_features
 from dflash_jax.cache.forward import Captured
 from dflash_jax.cache.selftest import Findings, require, self_test
 from dflash_jax.core import mesh_shape
-from dflash_jax.nn import top_tokens
 from dflash_jax.targets import (
     KVCache,
     Target,
@@ -27,6 +26,7 @@ from dflash_jax.targets import (
     extend,
     load_target,
     next_ids,
+    next_top,
     open_mesh,
     padded_rows,
     prefill,
@@ -51,7 +51,7 @@ def _store(target: Target, output: TargetOutput, layout: FeatureLayout, *, keep:
     kv = output.kv if keep else None
     if not layout.top_k:
         return stored, scales, next_ids(target, output.hidden), None, None, kv
-    ids, logprobs = top_tokens(output.hidden, target.head, count=layout.top_k)
+    ids, logprobs = next_top(target, output.hidden, count=layout.top_k)
     return stored, scales, ids[..., 0], ids, logprobs.astype(jnp.float16), kv
 
 

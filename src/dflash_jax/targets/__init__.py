@@ -7,7 +7,17 @@ jaxtyping and safetensors.
 
 from dflash_jax.targets.config import TargetConfig, default_capture_layers, read_target_config
 from dflash_jax.targets.cost import num_active_parameters, prefill_flops
-from dflash_jax.targets.decoder import DecoderLayer, KVCache, Target, TargetOutput, extend, next_ids, pin_cache, prefill
+from dflash_jax.targets.decoder import (
+    DecoderLayer,
+    KVCache,
+    Target,
+    TargetOutput,
+    extend,
+    next_ids,
+    next_top,
+    pin_cache,
+    prefill,
+)
 from dflash_jax.targets.describe import describe_target
 from dflash_jax.targets.layout import assemble, stored_shapes, tensor_axes, tensor_shapes
 from dflash_jax.targets.loading import fingerprint, load_target
@@ -29,6 +39,7 @@ __all__ = [
     "fingerprint",
     "load_target",
     "next_ids",
+    "next_top",
     "num_active_parameters",
     "open_mesh",
     "padded_rows",

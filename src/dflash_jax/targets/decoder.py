@@ -18,11 +18,12 @@ from dflash_jax.nn import (
     greedy_tokens,
     prefill_attention,
     rope_cos_sin,
+    top_tokens,
     write_first_rows,
     write_rows,
 )
 from dflash_jax.targets.config import TargetConfig
-from dflash_jax.targets.sharding import apply_mlp, constrain, greedy_tokens_split
+from dflash_jax.targets.sharding import apply_mlp, constrain, greedy_tokens_split, top_tokens_split
 
 
 class LayerKV(eqx.Module):
@@ -297,3 +298,12 @@ def next_ids(target: Target, hidden: Float[Array, "*rows hidden"]) -> Int32[Arra
         return greedy_tokens(hidden, target.head)
     flat = hidden.reshape(-1, 1, hidden.shape[-1]) if hidden.ndim != 3 else hidden
     return greedy_tokens_split(flat, target.head, target.mesh).reshape(hidden.shape[:-1])
+
+
+def next_top(
+    target: Target, hidden: Float[Array, "batch query hidden"], *, count: int
+) -> tuple[Int32[Array, "batch query {count}"], Float[Array, "batch query {count}"]]:
+    """Return the target's likeliest tokens after each row of `TargetOutput.hidden`; see `nn.top_tokens`."""
+    if target.mesh is None:
+        return top_tokens(hidden, target.head, count=count)
+    return top_tokens_split(hidden, target.head, target.mesh, count=count)

@@ -1,4 +1,4 @@
-"""How a target lies on a mesh: its tensors, its activations, and the two computations written by hand for it.
+"""How a target lies on a mesh: its tensors, its activations, and the computations written by hand for it.
 
 Which axis is split over what is decided by `core.LOGICAL_AXES` alone. Without a mesh everything here is the identity.
 """
@@ -23,7 +23,7 @@ from dflash_jax.core import (
     replicated_axes,
     split_axes,
 )
-from dflash_jax.nn import MoE, SwiGLU, apply_experts, best_tokens
+from dflash_jax.nn import MoE, SwiGLU, TopPart, apply_experts, best_tokens, fold_top
 from dflash_jax.targets.config import TargetConfig
 
 
@@ -121,6 +121,41 @@ def put_batch(mesh: Mesh | None, arrays: Mapping[str, np.ndarray]) -> dict[str, 
         sharding = NamedSharding(mesh, PartitionSpec(*split))
         placed[name] = jax.make_array_from_callback(array.shape, sharding, lambda index, array=array: array[index])
     return placed
+
+
+def top_tokens_split(
+    hidden: Float[Array, "batch query hidden"], head: Float[Array, "vocab hidden"], mesh: Mesh, *, count: int
+) -> tuple[Int32[Array, "batch query {count}"], Float[Array, "batch query {count}"]]:
+    """Return `nn.top_tokens` where the head is split over the vocabulary: no device sees another's part of it.
+
+    Each device takes the best tokens of its own rows of the head; their scores and ids and the sum of exponentials,
+    `2 * count + 1` numbers a row, are then joined. Parts are in the order of the vocabulary and the first of equal
+    scores wins: the lowest id, as on one device.
+    """
+    shape = mesh_shape(mesh)
+    (over,), batch_split = (
+        split_axes(("vocab",), head.shape[:1], shape),
+        split_axes(("batch",), hidden.shape[:1], shape),
+    )
+
+    def local(
+        hidden: Float[Array, "batch query hidden"], head: Float[Array, "vocab hidden"]
+    ) -> tuple[Int32[Array, "batch query top"], Float[Array, "batch query top"]]:
+        part = fold_top(hidden.reshape(-1, hidden.shape[-1]), head, count=count)
+        if over:
+            tokens = part.tokens + lax.axis_index(over).astype(jnp.int32) * jnp.int32(head.shape[0])
+            candidates, ids = (lax.all_gather(x, over, axis=1, tiled=True) for x in (part.scores, tokens))
+            scores, place = lax.top_k(candidates, count)
+            total = lax.psum(part.total * jnp.exp(part.scores[:, 0] - scores[:, 0]), over)
+            part = TopPart(scores=scores, tokens=jnp.take_along_axis(ids, place, axis=-1), total=total)
+        rows = hidden.shape[:-1]
+        return part.tokens.reshape(*rows, count), part.log_probabilities().reshape(*rows, count)
+
+    rows = PartitionSpec(*batch_split)
+    # every device along the model axis ends with the same tokens, which the checker cannot see through the joining
+    return jax.shard_map(
+        local, mesh=mesh, in_specs=(rows, PartitionSpec(over)), out_specs=(rows, rows), check_vma=False
+    )(hidden, head)
 
 
 def greedy_tokens_split(

@@ -15,7 +15,6 @@ from dflash_jax import targets
 from dflash_jax.cache import Responses, epoch_order, read_responses
 from dflash_jax.core import InputError
 from dflash_jax.drafter import StoredSequence
-from dflash_jax.nn import top_tokens
 from dflash_jax.train.config import TrainConfig
 from dflash_jax.train.data import bucket
 from dflash_jax.train.offsets import Offsets
@@ -62,7 +61,7 @@ def live_sequences(
         position_offset=texts.position_offset,
         capture_layers=capture_layers,
     )
-    ids, logprobs = top_tokens(output.hidden, target.head, count=top_k) if top_k else (None, None)
+    ids, logprobs = targets.next_top(target, output.hidden, count=top_k) if top_k else (None, None)
     return StoredSequence(
         features=output.features,
         token_ids=texts.token_ids,

@@ -65,11 +65,6 @@ def _open_source(config: TrainConfig) -> Source:
                 "with `cache build --top-k 32`"
             )
         return CachedSource(cache)
-    if config.loss == "kl" and parse_mesh(config.mesh).model > 1:
-        raise InputError(
-            f"--loss kl with --features live meets the whole head on every device, and --mesh {config.mesh} splits it: "
-            "use data alone, or train on a cache built with --top-k"
-        )
     assert config.responses is not None
     target, layers = targets.read_target_config(config.target), config.capture_layers
     if layers is None and config.init_from is not None:
