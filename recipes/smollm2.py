@@ -283,11 +283,12 @@ def parts_of(mix: str) -> list[tuple[str, int]]:
 
 
 def prompts_of(mix: str, *, from_the_end: bool = False) -> Iterator[Prompt]:
-    """The prompts of a mix, source by source.
+    """The prompts of a mix, source by source; what an earlier source took, a later one leaves.
 
     Raises:
         InputError: HumanEval's prompts; a source with too few prompts.
     """
+    taken: set[str] = set()
     for source, count in parts_of(mix):
         asked, _, least = source.partition("@")
         name, _, form = asked.partition("/")
@@ -298,11 +299,15 @@ def prompts_of(mix: str, *, from_the_end: bool = False) -> Iterator[Prompt]:
         found = [
             prompt
             for prompt in prompts_in(name)
-            if (not form or prompt.id.endswith(f"/{form}")) and _characters(prompt) >= int(least or 0)
+            if (not form or prompt.id.endswith(f"/{form}"))
+            and _characters(prompt) >= int(least or 0)
+            and prompt.id not in taken
         ]
         if len(found) < count:
             raise InputError(f"{count} prompts of {source} are asked for: it has {len(found)}")
-        yield from found[len(found) - count :] if from_the_end else found[:count]
+        part = found[len(found) - count :] if from_the_end else found[:count]
+        taken.update(prompt.id for prompt in part)
+        yield from part
 
 
 def _characters(prompt: Prompt) -> int:

@@ -109,6 +109,8 @@ def test_prompts_of_a_mix():
     long = list(prompts_of("problems@300=5,problems/plain=2"))
     assert all(len(prompt.messages[0]["content"]) >= 300 for prompt in long[:5])
     assert long[5:] == first[:2]
+    both = [prompt.id for prompt in prompts_of("problems@300=5,problems=300")]
+    assert len(set(both)) == 305
     with pytest.raises(InputError, match=r"SET\[/FORM\]\[@CHARACTERS\]=COUNT is needed"):
         list(prompts_of("stdlib"))
     with pytest.raises(InputError, match=r"'problems@long' in a mix of prompts: 'long' is no number of characters"):
