@@ -300,7 +300,7 @@ def prompts_of(mix: str, *, from_the_end: bool = False) -> Iterator[Prompt]:
             prompt
             for prompt in prompts_in(name)
             if (not form or prompt.id.endswith(f"/{form}"))
-            and _characters(prompt) >= int(least or 0)
+            and characters_of(prompt) >= int(least or 0)
             and prompt.id not in taken
         ]
         if len(found) < count:
@@ -310,7 +310,8 @@ def prompts_of(mix: str, *, from_the_end: bool = False) -> Iterator[Prompt]:
         yield from part
 
 
-def _characters(prompt: Prompt) -> int:
+def characters_of(prompt: Prompt) -> int:
+    """Characters of all its messages."""
     return sum(len(message["content"]) for message in prompt.messages or ())
 
 

@@ -107,7 +107,7 @@ def test_prompts_of_a_mix():
     with pytest.raises(InputError, match="1000 prompts of problems/plain are asked for: it has 284"):
         list(prompts_of("problems/plain=1000"))
     long = list(prompts_of("problems@300=5,problems/plain=2"))
-    assert all(len(prompt.messages[0]["content"]) >= 300 for prompt in long[:5])
+    assert all(smollm2.characters_of(prompt) >= 300 for prompt in long[:5])
     assert long[5:] == first[:2]
     both = [prompt.id for prompt in prompts_of("problems@300=5,problems=300")]
     assert len(set(both)) == 305
