@@ -80,12 +80,12 @@ def test_budget_by_hand():
         held_out_tokens=100,
     )
     found = budget_s(recipe)
-    # 10 prompts of 117 tokens, 3 held-out ones of 191; 100 steps for each, of whose tokens 72 are there in the end
-    assert found["responses"] == pytest.approx(3 * 15 + 13 * 100 / 140 + (10 * 117 + 3 * 191) / 350)
-    assert found["caches"] == pytest.approx(3 * 15 + (10 * 189 + 3 * 263) / 350)
+    # 10 prompts of 117 tokens, 3 held-out ones of 191; responses of 80 tokens on average, of at most 100
+    assert found["responses"] == pytest.approx(3 * 15 + 13 * 80 / 115 + (10 * 117 + 3 * 191) / 350)
+    assert found["caches"] == pytest.approx(3 * 15 + (10 * 197 + 3 * 271) / 350)
     # 4 steps of 2 sequences of 4.6 GFLOP and 5 anchors each of 0.8 + 2 x 0.21 + 0.07, an update of 0.06 s, and 4 times
-    # 2 x 72 anchors evaluated
-    assert found["train"] == pytest.approx(15 + 4 * (2 * (4.6 + 5 * 1.29) / 125 + 0.06) + 4 * 144 / 200)
+    # 2 x 80 anchors evaluated
+    assert found["train"] == pytest.approx(15 + 4 * (2 * (4.6 + 5 * 1.29) / 125 + 0.06) + 4 * 160 / 200)
     sampled = budget_s(replace(recipe, sampled_vocab=12288))["train"]
     assert found["train"] - sampled == pytest.approx(4 * 2 * 5 * 0.6 / 125)
     # Muon's iterations are as slow as 65 GFLOP a layer and 5 a captured one
