@@ -106,7 +106,7 @@ class Recipe:
     """See `train --adam-b2`."""
     weight_decay: float = 0.0
     """See `train --weight-decay`."""
-    steps: int = 4500
+    steps: int = 4480
     """Optimizer steps."""
     sequences_per_step: int = 4
     """Sequences in a step."""
