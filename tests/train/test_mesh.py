@@ -204,7 +204,7 @@ def test_a_split_head_samples_each_part():
     got, split_slope = jax.jit(head_pass(mesh, 12, sampled=12))(*given, key)
     assert np.abs(np.asarray(got.loss) - np.asarray(everything.loss)).max() < 1e-5
     assert np.abs(np.asarray(split_slope) - np.asarray(slope)).max() < 1e-5
-    # half of either part: what is left out, another draw has
+    # five of six of either part: what is left out, another draw has
     keys = jax.random.split(key, 2000)
     total = jax.jit(jax.vmap(lambda key: jnp.exp(head_pass(mesh, 12, sampled=10)(*given, key)[0].loss)))(keys)
     np.testing.assert_allclose(np.mean(total, axis=0), np.exp(everything.loss), rtol=0.05)
