@@ -12,6 +12,7 @@ from dflash_jax.nn import (
     Linear,
     MoE,
     RMSNorm,
+    Rope,
     SwiGLU,
     apply_rope,
     causal_attention,
@@ -235,6 +236,38 @@ def _run_layer(
     return x, _pin_kv(kv, mesh)
 
 
+@eqx.filter_jit
+def _begin(
+    embed_tokens: Float[Array, "vocab hidden"],
+    tokens: Int32[Array, "batch query"],
+    starts: Int32[Array, " batch"],
+    position_offset: Int32[Array, " batch"],
+    *,
+    rope: Rope,
+    mesh: Mesh | None,
+) -> tuple[
+    Float[Array, "batch query hidden"],
+    tuple[Float[Array, "batch query half_dim"], Float[Array, "batch query half_dim"]],
+]:
+    """The residual stream before the first layer, and the angles of its rows. A program of its own, as `_run_layer`."""
+    rows = starts[:, None] + jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
+    cos_sin = rope_cos_sin(rope, position_offset[:, None] + rows)
+    return constrain(embed_tokens[tokens], _ROWS, mesh), cos_sin
+
+
+@eqx.filter_jit
+def _finish(
+    norm: RMSNorm,
+    x: Float[Array, "batch query hidden"],
+    captured: tuple[Float[Array, "batch query hidden"], ...],
+    *,
+    mesh: Mesh | None,
+) -> tuple[Float[Array, "batch query hidden"], Float[Array, "batch query features"]]:
+    """What the head reads, and the features side by side. A program of its own, as `_run_layer`."""
+    features = captured or (jnp.zeros((*x.shape[:-1], 0), x.dtype),)
+    return norm(x), constrain(jnp.concatenate(features, axis=-1), _ROWS, mesh)
+
+
 def _forward(
     target: Target,
     kv: KVCache,
@@ -247,9 +280,9 @@ def _forward(
     """`extend`; `from_empty` says that all lengths of the cache are zero."""
     query = tokens.shape[1]
     assert query <= kv.capacity, f"{query} tokens do not fit a cache of {kv.capacity} rows"
-    rows = kv.lengths[:, None] + jnp.arange(query, dtype=jnp.int32)[None]
-    cos_sin = rope_cos_sin(target.config.rope, kv.position_offset[:, None] + rows)
-    x = constrain(target.embed_tokens[tokens], _ROWS, target.mesh)
+    x, cos_sin = _begin(
+        target.embed_tokens, tokens, kv.lengths, kv.position_offset, rope=target.config.rope, mesh=target.mesh
+    )
     layer_caches, captured = [], {}
     for index, (layer, layer_kv) in enumerate(zip(target.layers, kv.layers, strict=True)):
         x, layer_kv = _run_layer(
@@ -257,11 +290,11 @@ def _forward(
         )
         layer_caches.append(layer_kv)
         captured[index] = x
-    features = [captured[index] for index in capture_layers] or [jnp.zeros((*tokens.shape, 0), x.dtype)]
+    hidden, features = _finish(target.norm, x, tuple(captured[index] for index in capture_layers), mesh=target.mesh)
     lengths = kv.lengths + (jnp.int32(query) if num_valid is None else num_valid)
     return TargetOutput(
-        hidden=target.norm(x),
-        features=constrain(jnp.concatenate(features, axis=-1), _ROWS, target.mesh),
+        hidden=hidden,
+        features=features,
         kv=KVCache(layers=tuple(layer_caches), lengths=lengths, position_offset=kv.position_offset),
     )
 
