@@ -184,6 +184,18 @@ def _cache_export() -> Parts:
     return CacheExportConfig, _with_bar("cache export", export_cache)
 
 
+def _export() -> Parts:
+    from dflash_jax.interchange import DrafterExportConfig, export_drafter
+
+    return DrafterExportConfig, export_drafter
+
+
+def _import() -> Parts:
+    from dflash_jax.interchange import DrafterImportConfig, import_drafter
+
+    return DrafterImportConfig, import_drafter
+
+
 def _train() -> Parts:
     from dflash_jax.train import TrainConfig, train
 
@@ -300,6 +312,8 @@ COMMANDS = (
         markdown=_markdown,
         holds=_tokens_equal,
     ),
+    Command(name="export", summary="a drafter as serving engines load it", load=_export),
+    Command(name="import", summary="another trainer's drafter to a drafter folder", load=_import),
     Command(
         name="report",
         summary="one self-contained HTML page, or Markdown",

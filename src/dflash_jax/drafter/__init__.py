@@ -12,7 +12,12 @@ from dflash_jax.drafter.blocks import (
     block_labels,
     eligible_anchors,
 )
-from dflash_jax.drafter.config import DrafterConfig, check_not_last_layer, read_drafter_config
+from dflash_jax.drafter.config import (
+    DrafterConfig,
+    check_not_last_layer,
+    parse_drafter_config,
+    read_drafter_config,
+)
 from dflash_jax.drafter.folder import drafter_fingerprint, drafter_shapes, load_drafter, save_drafter
 from dflash_jax.drafter.model import (
     AS_STORED,
@@ -53,6 +58,7 @@ __all__ = [
     "embed_slots",
     "init_drafter",
     "load_drafter",
+    "parse_drafter_config",
     "read_drafter_config",
     "save_drafter",
     "take_rows",

@@ -175,7 +175,16 @@ def read_drafter_config(folder: Path) -> DrafterConfig:
     if not folder.is_dir():
         raise InputError(f"no drafter folder at {folder}")
     where = folder / "config.json"
-    raw = read_json(where, what="the drafter's config")
+    return parse_drafter_config(read_json(where, what="the drafter's config"), where=where)
+
+
+def parse_drafter_config(raw: Any, *, where: Path) -> DrafterConfig:
+    """Return the config that z-lab's `config.json` says; see `read_drafter_config`, whose errors these are.
+
+    Args:
+        raw: the file's content.
+        where: the file, to be named in errors.
+    """
     found = raw.get("architectures") if isinstance(raw, dict) else None
     if not found or found[0] != "DFlashDraftModel":
         raise InputError(f"{where}: architectures is {found!r}, a DFlash drafter has ['DFlashDraftModel']")

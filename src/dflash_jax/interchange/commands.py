@@ -1,7 +1,6 @@
 """What `cache import` and `cache export` do."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +24,10 @@ from dflash_jax.core import (
     no_progress,
     sha256_file,
     sha256_json,
-    staged_folder,
     write_record,
 )
 from dflash_jax.interchange.config import CacheExportConfig, CacheImportConfig
+from dflash_jax.interchange.places import check_free, whole_folder
 from dflash_jax.interchange.speculators import (
     SpeculatorsRow,
     dataset_files,
@@ -50,24 +49,6 @@ from dflash_jax.interchange.windows import (
 )
 
 
-@contextmanager
-def _whole(out: Path, what: str) -> Iterator[Path]:
-    """A staged folder whose system errors are one line."""
-    try:
-        with staged_folder(out) as folder:
-            yield folder
-    except OSError as error:
-        raise InputError(
-            f"cannot write the {what} {out}: {error}: see to it, then run the same command again"
-        ) from error
-
-
-def _taken(out: Path) -> None:
-    """Refuse a taken `--out` before the work, not after it."""
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise InputError(f"{out} exists already: choose another --out or remove it")
-
-
 def import_cache(config: CacheImportConfig, *, progress: Move = no_progress) -> dict[str, Any]:
     """Make a cache of another tool's hidden states; it appears whole or not at all.
 
@@ -85,7 +66,7 @@ def import_cache(config: CacheImportConfig, *, progress: Move = no_progress) -> 
         InputError: the source is missing, damaged, contradicts itself or is not of this target; `--out` is taken or
             cannot be written.
     """
-    _taken(config.out)
+    check_free(config.out)
     target = TargetSide(config.target)
     return (_import_windows if config.format == "windows" else _import_speculators)(config, target, progress)
 
@@ -156,7 +137,7 @@ def _import_windows(config: CacheImportConfig, target: TargetSide, progress: Mov
         source_sha256=sha256_json(windows.sha256()),
         windows=_windows_facts(windows, found),
     )
-    with _whole(config.out, "cache") as folder:
+    with whole_folder(config.out, "cache") as folder:
         write_cache(folder, groups(), new)
         cache = open_cache(folder)
         difference = first_difference(cache, windows, found)
@@ -268,7 +249,7 @@ def _import_speculators(config: CacheImportConfig, target: TargetSide, progress:
         yield first
         yield from rest
 
-    with _whole(config.out, "cache") as folder:
+    with whole_folder(config.out, "cache") as folder:
         write_cache(folder, groups(), new)
         cache = open_cache(folder)
     return _result(config, cache, work.error, **work.counts)
@@ -335,7 +316,7 @@ def export_cache(config: CacheExportConfig, *, progress: Move = no_progress) -> 
         InputError: the cache is not of this target, has no sequence at the offset, or only the last layer; `--out` is
             taken or cannot be written.
     """
-    _taken(config.out)
+    check_free(config.out)
     cache, target = open_cache(config.cache), TargetSide(config.target)
     check_fingerprint(cache.manifest, target.fingerprint(), what=f"the target {config.target}")
     work = _SpeculatorsExport(cache, target)
@@ -343,7 +324,7 @@ def export_cache(config: CacheExportConfig, *, progress: Move = no_progress) -> 
         raise InputError(f"{config.cache} holds the last layer alone: speculators needs one before it")
     indices = _exported(cache, config.position_offset)
     num_tokens = 0
-    with _whole(config.out, "hidden states") as folder:
+    with whole_folder(config.out, "hidden states") as folder:
         (folder / "hidden_states").mkdir()
 
         def rows() -> Iterator[tuple[list[int], list[int]]]:

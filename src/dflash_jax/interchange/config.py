@@ -1,4 +1,4 @@
-"""What the commands `cache import` and `cache export` are told."""
+"""What the commands `cache import|export` and `import|export` are told."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,3 +60,40 @@ class CacheExportConfig:
     """speculators: a dataset of tokens and hidden_states/hs_0.safetensors and so on."""
     position_offset: int = 0
     """Sequences stored at this offset are exported; any but 0 are written as if they began at 0."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DrafterExportConfig:
+    """Write a drafter as serving engines load it, and say what they are to be started with."""
+
+    drafter: Path
+    """Drafter folder (RUN/run-<step>, RUN/best, or any z-lab DFlash checkpoint)."""
+    out: Path
+    """Folder to write; it must be new."""
+    format: Literal["z-lab", "speculators"] = "z-lab"
+    """z-lab: read by vLLM, SGLang and TPU servers; speculators: read by vLLM, and trained on by speculators."""
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """Of the weights that are written."""
+    target: Path | None = None
+    """Target folder; its sizes are compared with the drafter's. speculators needs it: its config names the target."""
+    verifier: str | None = None
+    """speculators only: what its config calls the target, such as a Hugging Face id; default: --target."""
+
+    def __post_init__(self) -> None:
+        """Check what can be checked without the drafter."""
+        if self.format == "speculators" and self.target is None:
+            raise InputError("--format speculators names the target in its config: give --target")
+        if self.format != "speculators" and self.verifier is not None:
+            raise InputError("--verifier is for --format speculators only: leave it out")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DrafterImportConfig:
+    """Make a drafter folder of another trainer's checkpoint: z-lab's layout or speculators', found by its config."""
+
+    drafter: Path
+    """Folder to import: config.json and model.safetensors."""
+    out: Path
+    """Drafter folder to write; it must be new."""
+    target: Path | None = None
+    """Target folder; its sizes are compared with the drafter's. A checkpoint of speculators needs it."""

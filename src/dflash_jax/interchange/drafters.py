@@ -1,0 +1,299 @@
+"""Drafters in the layouts of others: written for serving engines, and read from other trainers.
+
+Two layouts, one set of tensors (11 per layer, 15 with biases, and 3):
+
+    z-lab         config.json says `DFlashDraftModel`, `dflash_config`; layer ids are those of layers
+    speculators   config.json says `speculators_model_type`, a Qwen3 `transformer_layer_config` and the verifier; layer
+                  ids count from the embedding
+"""
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dflash_jax.core import (
+    RECORD_NAME,
+    InputError,
+    check_names_and_shapes,
+    load_tensors,
+    make_record,
+    read_header,
+    read_json,
+    save_tensors,
+    write_json,
+    write_record,
+)
+from dflash_jax.drafter import (
+    DrafterConfig,
+    drafter_fingerprint,
+    drafter_shapes,
+    load_drafter,
+    parse_drafter_config,
+    read_drafter_config,
+    save_drafter,
+)
+from dflash_jax.interchange.config import DrafterExportConfig, DrafterImportConfig
+from dflash_jax.interchange.places import check_free, whole_folder
+from dflash_jax.interchange.speculators import from_speculators_layer, to_speculators_layer
+from dflash_jax.targets import TargetConfig, load_target, read_target_config
+
+SPECULATORS_VERSION = "0.9.0"
+"""The version whose layout is written."""
+_WEIGHTS = "model.safetensors"
+_WHAT = "the drafter's weights"
+# Fields that would change what is drafted, and the only values handled.
+_SPECULATORS_NEUTRAL = {
+    "speculators_model_type": ("dflash",),
+    "sample_from_anchor": (None, False),
+    "sliding_window_non_causal": (None, False),
+}
+# What older checkpoints of speculators carry of the target's: not the drafter's, if it is the target's still.
+_TARGETS_OWN = ("embed_tokens.weight", "lm_head.weight")
+
+
+def export_drafter(config: DrafterExportConfig) -> dict[str, Any]:
+    """Write a drafter for serving engines; the folder appears whole or not at all, after it was read back.
+
+    Returns:
+        `out`, `format`, `dtype`, `block_size`, `capture_layers`, `num_tensors`, `num_parameters`, `bytes`, `sha256` (of
+        the weights' file), `vllm` and `sglang` (what to start them with; None where they do not read the layout),
+        `warnings` (engines known not to compute what this drafter needs).
+
+    Raises:
+        InputError: no drafter, or one that is damaged or of another target; `--out` is taken or cannot be written.
+    """
+    check_free(config.out)
+    sizes = read_drafter_config(config.drafter)
+    if config.target is not None:
+        _check_target(sizes, read_target_config(config.target), where=config.drafter)
+    drafter = load_drafter(config.drafter, dtype=jnp.dtype(config.dtype))
+    with whole_folder(config.out, "drafter") as folder:
+        save_drafter(drafter, folder)
+        again = load_drafter(folder, dtype=jnp.dtype(config.dtype))
+        same = jax.tree_util.tree_map(lambda a, b: bool(jnp.array_equal(a, b)), drafter, again)
+        if not all(jax.tree_util.tree_leaves(same)):
+            raise InputError(f"{config.out}: what was written is not what was read: see to the disk; nothing is left")
+        if config.format == "speculators":
+            write_json(folder / "config.json", _speculators_json(sizes, config))
+        weights = folder / _WEIGHTS
+        result = {
+            "out": str(config.out),
+            "format": config.format,
+            "dtype": config.dtype,
+            "block_size": sizes.block_size,
+            "capture_layers": list(sizes.capture_layers),
+            **_weight_facts(weights),
+            **_serving(sizes, config),
+            "warnings": _warnings(sizes),
+        }
+        write_record(folder, _record("export", config, config.drafter, result))
+    return result
+
+
+def import_drafter(config: DrafterImportConfig) -> dict[str, Any]:
+    """Make a drafter folder of z-lab's layout or speculators'; it appears whole or not at all.
+
+    Weights stay as they are, bit for bit; settings are written where every reader looks for them.
+
+    Returns:
+        `out`, `format` (what was found), `dtype`, `block_size`, `capture_layers`, `num_tensors`, `num_parameters`,
+        `bytes`, `sha256`, `dropped` (tensors that were the target's own, bit for bit).
+
+    Raises:
+        InputError: not a DFlash drafter of either layout; a setting that changes what is drafted and is not handled;
+            tensors that do not fit; a head or embedding that is not the target's; a drafter of another target;
+            `--out` is taken or cannot be written.
+    """
+    check_free(config.out)
+    where = config.drafter / "config.json"
+    if not config.drafter.is_dir():
+        raise InputError(f"no drafter folder at {config.drafter}")
+    raw = read_json(where, what="the drafter's config")
+    from_speculators = isinstance(raw, dict) and "speculators_model_type" in raw
+    target = None if config.target is None else read_target_config(config.target)
+    if from_speculators:
+        if target is None:
+            raise InputError(f"{where} is speculators' and does not say how many layers the target has: give --target")
+        sizes = _speculators_config(raw, target, where=where)
+    else:
+        sizes = parse_drafter_config(raw, where=where)
+    if target is not None:
+        _check_target(sizes, target, where=config.drafter)
+    tensors = load_tensors(config.drafter / _WEIGHTS, what=_WHAT)
+    dropped = [name for name in _TARGETS_OWN if from_speculators and name in tensors]
+    if dropped:
+        assert config.target is not None
+        _check_targets_own({name: tensors.pop(name) for name in dropped}, config.target, where=config.drafter)
+    check_names_and_shapes({n: t.shape for n, t in tensors.items()}, drafter_shapes(sizes), what=str(config.drafter))
+    dtype = str(tensors["fc.weight"].dtype)
+    with whole_folder(config.out, "drafter") as folder:
+        save_tensors(folder / _WEIGHTS, tensors)
+        write_json(folder / "config.json", sizes.to_json(dtype=dtype))
+        result = {
+            "out": str(config.out),
+            "format": "speculators" if from_speculators else "z-lab",
+            "dtype": dtype,
+            "block_size": sizes.block_size,
+            "capture_layers": list(sizes.capture_layers),
+            **_weight_facts(folder / _WEIGHTS),
+            "dropped": dropped,
+        }
+        write_record(folder, _record("import", config, config.drafter, result))
+    return result
+
+
+def _check_target(sizes: DrafterConfig, target: TargetConfig, *, where: Path) -> None:
+    pairs = {
+        "hidden_size": (sizes.hidden_size, target.hidden_size),
+        "vocab_size": (sizes.vocab_size, target.vocab_size),
+        "num_target_layers": (sizes.num_target_layers, target.num_layers),
+    }
+    wrong = [f"{name} is {ours}, the target's is {theirs}" for name, (ours, theirs) in pairs.items() if ours != theirs]
+    if wrong:
+        raise InputError(f"{where} is a drafter of another target: {'; '.join(wrong)}")
+
+
+def _weight_facts(path: Path) -> dict[str, Any]:
+    header = read_header(path, what=_WHAT)
+    return {
+        "num_tensors": len(header),
+        "num_parameters": sum(int(np.prod(entry["shape"])) for entry in header.values()),
+        "bytes": path.stat().st_size,
+        "sha256": drafter_fingerprint(path.parent),
+    }
+
+
+def _record(
+    command: str, config: DrafterExportConfig | DrafterImportConfig, source: Path, result: dict[str, Any]
+) -> dict[str, Any]:
+    """Our record, with what the source's says of its training: a check of what is served needs the prompts."""
+    path = source / RECORD_NAME
+    parent = read_json(path, what="the drafter's record") if path.is_file() else {}
+    kept = ("trained_prompt_hashes", "step", "cache_fingerprint")
+    carried = {name: parent[name] for name in kept if isinstance(parent, dict) and name in parent}
+    return make_record(command, config, result=result, **carried)
+
+
+def _serving(sizes: DrafterConfig, config: DrafterExportConfig) -> dict[str, Any]:
+    """What vLLM and SGLang are to be started with: vLLM counts the drafted tokens, SGLang the anchor too.
+
+    **Source:** z-lab/dflash `README.md` (SGLang), NVIDIA-NeMo/Automodel pull request 2913 and RedHatAI's model cards
+    (vLLM, `block_size - 1`; its method is "dflash" for both layouts).
+    """
+    out, block_size = str(config.out), sizes.block_size
+    sglang = (
+        f"--speculative-algorithm DFLASH --speculative-draft-model-path {out} "
+        f"--speculative-num-draft-tokens {block_size}"
+    )
+    return {
+        "vllm": {"speculative_config": {"method": "dflash", "model": out, "num_speculative_tokens": block_size - 1}},
+        "sglang": sglang if config.format == "z-lab" else None,
+    }
+
+
+def _warnings(sizes: DrafterConfig) -> list[str]:
+    found = []
+    if sizes.rope_scaling is not None:
+        found.append(
+            f"its rotary frequencies are scaled ({sizes.rope_scaling.rope_type}): some TPU servers ignore that or "
+            "compute it otherwise: compare accept_len online with check's"
+        )
+    if sizes.attention_bias:
+        found.append(
+            "its attention has biases, which some TPU servers leave out: compare accept_len online with `check`"
+        )
+    return found
+
+
+def _speculators_json(sizes: DrafterConfig, config: DrafterExportConfig) -> dict[str, Any]:
+    """Speculators' `config.json`.
+
+    **Source:** what vllm-project/speculators 0.9.0 `DFlashDraftModel.save_pretrained` writes; it differs in leaving out
+    `auto_map` (no code travels with the checkpoint) and in repeating the rotary settings under transformers 4's names.
+    """
+    assert config.target is not None
+    theirs = sizes.to_json(dtype=config.dtype)
+    dflash = theirs.pop("dflash_config")
+    for name in ("architectures", "block_size", "num_target_layers"):
+        del theirs[name]
+    scaling = theirs["rope_scaling"] or {"rope_type": "default"}
+    theirs["rope_parameters"] = {**scaling, "rope_theta": sizes.rope_theta}
+    verifier = read_json(config.target / "config.json", what="the target's config")
+    return {
+        "architectures": ["DFlashDraftModel"],
+        "aux_hidden_state_layer_ids": [to_speculators_layer(layer) for layer in sizes.capture_layers],
+        "block_size": sizes.block_size,
+        "draft_vocab_size": sizes.vocab_size,
+        "dtype": config.dtype,
+        "mask_token_id": dflash["mask_token_id"],
+        "sample_from_anchor": False,
+        "sliding_window_non_causal": False,
+        "speculators_config": {
+            "algorithm": "dflash",
+            "default_proposal_method": "greedy",
+            "proposal_methods": [
+                {"proposal_type": "greedy", "speculative_tokens": sizes.block_size - 1, "verifier_accept_k": 1}
+            ],
+            "verifier": {
+                "architectures": verifier["architectures"],
+                "name_or_path": config.verifier or str(config.target),
+            },
+        },
+        "speculators_model_type": "dflash",
+        "speculators_version": SPECULATORS_VERSION,
+        "target_hidden_size": None,
+        "tie_word_embeddings": False,
+        "transformer_layer_config": theirs,
+    }
+
+
+def _speculators_config(raw: dict[str, Any], target: TargetConfig, *, where: Path) -> DrafterConfig:
+    problems = [
+        f"{name} is {raw.get(name)!r}" for name, fine in _SPECULATORS_NEUTRAL.items() if raw.get(name) not in fine
+    ]
+    inner, layers = raw.get("transformer_layer_config"), raw.get("aux_hidden_state_layer_ids")
+    if not isinstance(inner, dict):
+        problems.append(f"transformer_layer_config is {inner!r}, an object is needed")
+        inner = {}
+    if not isinstance(layers, list) or not layers or not all(type(layer) is int for layer in layers):
+        problems.append(f"aux_hidden_state_layer_ids is {layers!r}, layer ids are needed")
+        layers = []
+    if raw.get("draft_vocab_size") != inner.get("vocab_size"):
+        problems.append(
+            f"draft_vocab_size is {raw.get('draft_vocab_size')!r} of {inner.get('vocab_size')!r} tokens: a vocabulary "
+            "of the drafter's own"
+        )
+    if raw.get("target_hidden_size") not in (None, inner.get("hidden_size")):
+        problems.append(f"target_hidden_size is {raw['target_hidden_size']!r}, not the drafter's")
+    if 0 in layers:
+        problems.append("aux_hidden_state_layer_ids names 0, the embedding, which is no layer's output")
+    if problems:
+        raise InputError(f"{where}: not handled: {'; '.join(problems)}")
+    return parse_drafter_config(
+        inner
+        | {
+            "architectures": ["DFlashDraftModel"],
+            "block_size": raw.get("block_size"),
+            "dflash_config": {
+                "mask_token_id": raw.get("mask_token_id"),
+                "target_layer_ids": [from_speculators_layer(layer) for layer in layers],
+            },
+            "num_target_layers": target.num_layers,
+        },
+        where=where,
+    )
+
+
+def _check_targets_own(tensors: dict[str, np.ndarray], folder: Path, *, where: Path) -> None:
+    """Refuse a head or an embedding that is not the target's: the drafter was trained with it."""
+    target = load_target(folder, layers=())
+    own = {"embed_tokens.weight": target.embed_tokens, "lm_head.weight": target.head}
+    for name, tensor in tensors.items():
+        if tensor.shape != own[name].shape or not np.array_equal(tensor, np.asarray(own[name]).astype(tensor.dtype)):
+            raise InputError(
+                f"{where}: {name} is not the target's: name the --target it was trained for (a drafter with a head or "
+                "an embedding of its own is not handled)"
+            )

@@ -1,0 +1,276 @@
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+
+from dflash_jax.cli import main
+from dflash_jax.core import InputError, load_tensors, read_json, save_tensors, write_json
+from dflash_jax.drafter import draft_blocks, drafter_shapes, load_drafter, read_drafter_config, save_drafter
+from dflash_jax.interchange import DrafterExportConfig, DrafterImportConfig, drafters, export_drafter, import_drafter
+from dflash_jax.nn.rope_scaling import Llama3Scaling, YarnScaling
+from dflash_jax.targets import load_target
+from support import tiny
+
+WORKER = Path(__file__).parents[1] / "support" / "speculators_drafter.py"
+YARN = YarnScaling(factor=4.0, original_max_position_embeddings=32, truncate=False)
+LLAMA3 = Llama3Scaling(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=64)
+# rotary scaling, and whether attention has biases
+VARIANTS = {"plain": (None, False), "llama3": (LLAMA3, False), "yarn": (YARN, True)}
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A drafter folder with a record, as training leaves it."""
+    return write_drafter(tmp_path / "run-7")
+
+
+def write_drafter(folder, **changes):
+    folder.mkdir()
+    save_drafter(tiny.random_drafter(tiny.tiny_drafter_config(**changes)), folder)
+    write_json(folder / "record.json", {"trained_prompt_hashes": ["00ff"], "step": 7, "argv": ["train"]})
+    return folder
+
+
+def export(run, out, **changes):
+    return export_drafter(DrafterExportConfig(drafter=run, out=out, **changes))
+
+
+def exported(run, out, target, **changes):
+    settings = {"format": "speculators", "target": target, "dtype": "float32"}
+    export(run, out, **settings | changes)
+    return out
+
+
+def edit(folder, change):
+    config = read_json(folder / "config.json", what="config")
+    change(config)
+    write_json(folder / "config.json", config)
+
+
+def test_an_export_is_what_z_lab_reads_rounded_to_bfloat16_once(run, tmp_path):
+    result = export(run, tmp_path / "out")
+    ours = load_tensors(run / "model.safetensors", what="w")
+    theirs = load_tensors(tmp_path / "out" / "model.safetensors", what="w")
+    assert theirs.keys() == ours.keys()
+    for name, tensor in ours.items():
+        assert theirs[name].dtype == ml_dtypes.bfloat16
+        np.testing.assert_array_equal(theirs[name], tensor.astype(ml_dtypes.bfloat16))
+    assert read_drafter_config(tmp_path / "out") == read_drafter_config(run)
+    assert result["num_tensors"] == len(ours)
+    assert result["num_parameters"] == sum(tensor.size for tensor in ours.values())
+    assert result["bytes"] == (tmp_path / "out" / "model.safetensors").stat().st_size
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"config.json", "model.safetensors", "record.json"}
+
+
+def test_engines_are_told_how_many_tokens_are_drafted(run, tmp_path):
+    result = export(run, tmp_path / "out")
+    assert result["block_size"] == 5
+    assert result["vllm"]["speculative_config"] == {
+        "method": "dflash", "model": str(tmp_path / "out"), "num_speculative_tokens": 4
+    }  # fmt: skip
+    assert result["sglang"].endswith("--speculative-num-draft-tokens 5")
+    assert result["warnings"] == []
+
+
+def test_what_some_engines_leave_out_is_said(tmp_path):
+    run = write_drafter(tmp_path / "run", attention_bias=True, rope_scaling=YARN)
+    scaling, biases = export(run, tmp_path / "out")["warnings"]
+    assert "yarn" in scaling
+    assert "biases" in biases
+
+
+def test_the_prompts_a_drafter_was_trained_on_go_along_both_ways(run, tmp_path, target_folder):
+    folder = exported(run, tmp_path / "out", target_folder)
+    import_drafter(DrafterImportConfig(drafter=folder, out=tmp_path / "back", target=target_folder))
+    for path in (folder, tmp_path / "back"):
+        record = read_json(path / "record.json", what="record")
+        assert (record["trained_prompt_hashes"], record["step"]) == (["00ff"], 7)
+
+
+@pytest.fixture(scope="module")
+def theirs(tmp_path_factory, target_folder):
+    """What speculators itself made of our folders: logits of exports by variant, and a folder that it converted."""
+    folder, jobs = tmp_path_factory.mktemp("speculators"), []
+    for name, (scaling, bias) in VARIANTS.items():
+        run = write_drafter(folder / name, rope_scaling=scaling, attention_bias=bias)
+        out = exported(run, folder / f"{name}-out", target_folder)
+        np.savez(folder / f"{name}-in.npz", **random_blocks(load_drafter(run).config))
+        jobs.append(f"draft:{out}:{folder / f'{name}-in.npz'}:{folder / f'{name}.npz'}")
+    jobs.append(f"convert:{folder / 'plain'}:{target_folder}:{folder / 'converted'}")
+    done = subprocess.run([sys.executable, WORKER, *jobs], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+def random_blocks(config):
+    draw = np.random.default_rng(0)
+    return {
+        "features": draw.normal(size=(40, config.num_features)).astype(np.float32),
+        "token_ids": draw.integers(0, config.vocab_size, 40),
+        "anchors": np.array([3, 11, 30]),
+    }
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_speculators_own_model_drafts_what_ours_drafts(theirs, target_folder, variant):
+    drafter, target = load_drafter(theirs / variant), load_target(target_folder)
+    given = random_blocks(drafter.config)
+    ours = draft_blocks(
+        drafter,
+        target.embed_tokens,
+        jnp.asarray(given["features"]),
+        jnp.asarray(given["token_ids"], jnp.int32),
+        jnp.asarray(given["anchors"], jnp.int32),
+        block_lengths=jnp.full(3, drafter.config.block_size, jnp.int32),
+        block_size=drafter.config.block_size,
+        position_offset=jnp.int32(0),
+    )
+    logits = np.load(theirs / f"{variant}.npz")["logits"]
+    np.testing.assert_allclose(np.asarray(ours @ target.head.T), logits, rtol=1e-4, atol=1e-4 * np.abs(logits).max())
+
+
+@pytest.mark.slow
+def test_what_speculators_makes_of_z_lab_s_layout_is_read_back(theirs, tmp_path, target_folder):
+    run, converted = theirs / "plain", theirs / "converted"
+    result = import_drafter(DrafterImportConfig(drafter=converted, out=tmp_path / "back", target=target_folder))
+    assert result["format"] == "speculators"
+    assert read_drafter_config(tmp_path / "back") == read_drafter_config(run)
+    same = jax.tree_util.tree_map(np.array_equal, load_drafter(tmp_path / "back"), load_drafter(run))
+    assert all(jax.tree_util.tree_leaves(same))
+    # and our own export says the same as theirs, where both say anything
+    ours = read_json(theirs / "plain-out" / "config.json", what="config")
+    wanted = read_json(converted / "config.json", what="config")
+    for name in ("architectures", "aux_hidden_state_layer_ids", "block_size", "mask_token_id", "draft_vocab_size"):
+        assert ours[name] == wanted[name]
+    assert ours["speculators_config"]["verifier"] == wanted["speculators_config"]["verifier"]
+
+
+def test_an_import_keeps_every_bit_and_writes_settings_where_all_look(run, tmp_path):
+    source = tmp_path / "newer"
+    export(run, source)
+
+    def as_newer_checkpoints(config):
+        config["dflash_config"]["block_size"] = config.pop("block_size")
+        config["rope_parameters"] = {"rope_type": "default", "rope_theta": config.pop("rope_theta")}
+
+    edit(source, as_newer_checkpoints)
+    result = import_drafter(DrafterImportConfig(drafter=source, out=tmp_path / "out"))
+    assert (result["format"], result["dtype"], result["dropped"]) == ("z-lab", "bfloat16", [])
+    written = read_json(tmp_path / "out" / "config.json", what="config")
+    assert (written["block_size"], written["rope_theta"], written["dtype"]) == (5, 7000.0, "bfloat16")
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() == (source / "model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [
+        ("speculators_model_type", "eagle3", "speculators_model_type is 'eagle3'"),
+        ("sample_from_anchor", True, "sample_from_anchor is True"),
+        ("draft_vocab_size", 7, "a vocabulary of the drafter's own"),
+        ("target_hidden_size", 48, "target_hidden_size is 48"),
+        ("aux_hidden_state_layer_ids", [0, 2], "names 0, the embedding"),
+        ("aux_hidden_state_layer_ids", None, "aux_hidden_state_layer_ids is None"),
+        ("transformer_layer_config", None, "transformer_layer_config is None"),
+        ("mask_token_id", None, "no number"),
+    ],
+)
+def test_what_would_draft_otherwise_is_refused_by_name(run, tmp_path, target_folder, name, value, said):
+    folder = exported(run, tmp_path / "out", target_folder)
+    edit(folder, lambda config: config.update({name: value}))
+    with pytest.raises(InputError, match=said):
+        import_drafter(DrafterImportConfig(drafter=folder, out=tmp_path / "back", target=target_folder))
+    assert not (tmp_path / "back").exists()
+
+
+def test_sliding_windows_of_speculators_are_refused(run, tmp_path, target_folder):
+    folder = exported(run, tmp_path / "out", target_folder)
+    edit(folder, lambda config: config["transformer_layer_config"].update(layer_types=["sliding_attention"] * 2))
+    with pytest.raises(InputError, match="sliding_attention"):
+        import_drafter(DrafterImportConfig(drafter=folder, out=tmp_path / "back", target=target_folder))
+
+
+def with_ends(folder, target, *, change=0.0):
+    """The checkpoint as older versions saved it, the target's embedding and head in it."""
+    tensors = load_tensors(folder / "model.safetensors", what="w")
+    model = load_target(target)
+    ends = {"embed_tokens.weight": np.array(model.embed_tokens), "lm_head.weight": np.array(model.head)}
+    ends["lm_head.weight"][2, 3] += change
+    save_tensors(folder / "model.safetensors", tensors | ends)
+
+
+def test_a_head_that_is_the_target_s_is_dropped_and_said(run, tmp_path, target_folder):
+    folder = exported(run, tmp_path / "out", target_folder)
+    with_ends(folder, target_folder)
+    result = import_drafter(DrafterImportConfig(drafter=folder, out=tmp_path / "back", target=target_folder))
+    assert result["dropped"] == ["embed_tokens.weight", "lm_head.weight"]
+    assert (
+        load_tensors(tmp_path / "back" / "model.safetensors", what="w").keys()
+        == drafter_shapes(read_drafter_config(run)).keys()
+    )
+
+
+def test_a_head_that_was_trained_is_not_dropped(run, tmp_path, target_folder):
+    folder = exported(run, tmp_path / "out", target_folder)
+    with_ends(folder, target_folder, change=1e-3)
+    with pytest.raises(InputError, match=r"lm_head.weight is not the target's"):
+        import_drafter(DrafterImportConfig(drafter=folder, out=tmp_path / "back", target=target_folder))
+
+
+def test_a_drafter_of_another_target_is_named(tmp_path, target_folder):
+    run = write_drafter(tmp_path / "run", num_target_layers=9)
+    with pytest.raises(InputError, match="another target: num_target_layers is 9, the target's is 5"):
+        exported(run, tmp_path / "out", target_folder)
+
+
+def test_a_taken_folder_is_left_alone(run, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine").write_text("kept")
+    for do in (
+        lambda: export(run, tmp_path / "out"),
+        lambda: import_drafter(DrafterImportConfig(drafter=run, out=tmp_path / "out")),
+    ):
+        with pytest.raises(InputError, match="exists already"):
+            do()
+    assert (tmp_path / "out" / "mine").read_text() == "kept"
+
+
+def test_a_write_that_did_not_come_back_leaves_nothing(run, tmp_path, monkeypatch):
+    save = drafters.save_drafter
+
+    def other_weights(drafter, folder):
+        save(replace(drafter, norm=replace(drafter.norm, weight=drafter.norm.weight * 2)), folder)
+
+    monkeypatch.setattr(drafters, "save_drafter", other_weights)
+    with pytest.raises(InputError, match="not what was read"):
+        export(run, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_both_are_commands(run, tmp_path, capsys, target_folder):
+    out, back = tmp_path / "out", tmp_path / "back"
+    arguments = ["--format", "speculators", "--target", str(target_folder), "--verifier", "org/name"]
+    assert main(["export", "--drafter", str(run), "--out", str(out), *arguments]) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["sglang"] is None
+    written = read_json(out / "config.json", what="config")
+    assert written["speculators_config"]["verifier"]["name_or_path"] == "org/name"
+    assert main(["import", "--drafter", str(out), "--out", str(back)]) == 2
+    assert "--target" in capsys.readouterr().err
+    assert main(["import", "--drafter", str(out), "--out", str(back), "--target", str(target_folder)]) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["format"] == "speculators"
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [({"format": "speculators"}, "--target"), ({"verifier": "org/name"}, "--verifier")],
+)
+def test_settings_that_do_not_fit_are_refused(settings, said):
+    with pytest.raises(InputError, match=said):
+        DrafterExportConfig(drafter=Path("a"), out=Path("b"), **settings)
