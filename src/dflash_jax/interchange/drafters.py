@@ -7,6 +7,7 @@ Two layouts, one set of tensors (11 per layer, 15 with biases, and 3):
                   ids count from the embedding
 """
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -188,8 +189,9 @@ def _serving(sizes: DrafterConfig, config: DrafterExportConfig) -> dict[str, Any
         f"--speculative-algorithm DFLASH --speculative-draft-model-path {out} "
         f"--speculative-num-draft-tokens {block_size}"
     )
+    vllm = json.dumps({"method": "dflash", "model": out, "num_speculative_tokens": block_size - 1})
     return {
-        "vllm": {"speculative_config": {"method": "dflash", "model": out, "num_speculative_tokens": block_size - 1}},
+        "vllm": f"--speculative-config '{vllm}'",
         "sglang": sglang if config.format == "z-lab" else None,
     }
 
