@@ -40,6 +40,22 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest files first: a worker that begins one last leaves the other idle for minutes.
+
+    Files with a test on the real target take longest, then those with tests that are marked slow.
+    """
+
+    def rank(item: pytest.Item) -> int:
+        real = "smollm2" in getattr(item, "fixturenames", ())
+        return 0 if real else 1 if item.get_closest_marker("slow") else 2
+
+    first: dict[Path, int] = {}
+    for item in items:
+        first[item.path] = min(first.get(item.path, 2), rank(item))
+    items.sort(key=lambda item: first[item.path])
+
+
 @pytest.fixture(scope="session")
 def smollm2() -> Path:
     """The target folder of SmolLM2-135M-Instruct, imported once for all tests and processes; do not write into it."""

@@ -13,6 +13,7 @@ from dflash_jax.cache import open_cache
 from dflash_jax.core import no_progress
 from dflash_jax.decode import Decoder
 from dflash_jax.drafter import draft_blocks, load_drafter
+from dflash_jax.interchange import DrafterExportConfig, export_drafter
 from dflash_jax.targets import load_target
 from dflash_jax.text import load_tokenizer
 from support import trained, zlab
@@ -52,7 +53,18 @@ def decoded(run, smollm2, target, drafter):
     return decoder.decode([row["prompt_ids"] for row in run.responses], drafter=drafter).rows
 
 
-def test_drafter_outputs_on_real_features_are_z_lab_s(run, target, drafter, zlab_drafter):
+@pytest.fixture(scope="module")
+def exported(run, tmp_path_factory):
+    """What engines are given of the run: bfloat16."""
+    out = tmp_path_factory.mktemp("exported") / "drafter"
+    export_drafter(DrafterExportConfig(drafter=run.drafter, out=out))
+    return out
+
+
+@pytest.mark.parametrize("given", ["as it was trained", "exported"])
+def test_drafter_outputs_on_real_features_are_z_lab_s(run, target, exported, given):
+    folder = exported if given == "exported" else run.drafter
+    drafter, zlab_drafter = load_drafter(folder), zlab.load_zlab_drafter(folder)
     stored = open_cache(run.unseen_cache).sequence(0)
     features = np.asarray(stored.features, np.float32)
     anchors, lengths = [stored.prompt_len, stored.prompt_len + 9, len(stored.token_ids) - 3], [8, 5, 3]
