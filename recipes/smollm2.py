@@ -67,7 +67,7 @@ class Recipe:
     in_process: bool = False
     """Run the stages in this process: imports and compiling are paid once. Their output goes to OUT/logs."""
 
-    mix: str = "problems=560,stdlib/complete=1100,stdlib/implement=140"
+    mix: str = "problems=800,stdlib/complete=860,stdlib/implement=140"
     """Training prompts: SET[/FORM][@CHARACTERS]=COUNT, the first so many of each that have so many characters."""
     choosing: str = "problems=16,stdlib/complete=16"
     """Prompts that RUN/best is chosen by, the last so many of each."""

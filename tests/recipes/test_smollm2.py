@@ -144,7 +144,7 @@ def test_variants():
         assert set(changes) == {"sequences_per_step", "steps"} if name == "small-steps" else len(changes) == 1
     large = replace(recipe, **found["without small-steps"])
     assert large.steps * large.sequences_per_step == recipe.steps * recipe.sequences_per_step
-    assert found["without data-mix"] == {"mix": "stdlib/complete=1100,stdlib/implement=140"}
+    assert found["without data-mix"] == {"mix": "stdlib/complete=860,stdlib/implement=140"}
     for bad, line in (
         ({"without": ("salt",)}, "--without is 'salt': choose all or warm-start"),
         ({"vary": ("out=x",)}, "--vary is 'out=x': begin with one of mix"),
