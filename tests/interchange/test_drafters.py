@@ -227,7 +227,7 @@ def test_a_head_that_was_trained_is_not_dropped(run, tmp_path, target_folder):
 
 def test_a_drafter_of_another_target_is_named(tmp_path, target_folder):
     run = write_drafter(tmp_path / "run", num_target_layers=9)
-    with pytest.raises(InputError, match="another target: num_target_layers is 9, the target's is 5"):
+    with pytest.raises(InputError, match="does not fit the target: num_target_layers is 9, the target's is 5"):
         exported(run, tmp_path / "out", target_folder)
 
 

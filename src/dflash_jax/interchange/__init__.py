@@ -1,8 +1,8 @@
 """Feature caches and drafters of others: imported to ours, and ours exported.
 
 It promises: layer ids are converted by one rule and checked against the target; what is stored equals the source, bit
-for bit; a cache, a drafter or an export appears whole or not at all; nothing pickled is opened. It imports `cache`,
-`drafter`, `targets`, `text` and `core`.
+for bit; a cache, a drafter or an export appears whole or not at all; nothing pickled is opened. It imports `accept`,
+`cache`, `drafter`, `targets`, `text` and `core`.
 """
 
 from dflash_jax.interchange.commands import export_cache, import_cache

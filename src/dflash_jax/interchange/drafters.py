@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dflash_jax.accept import check_fit
 from dflash_jax.core import (
     RECORD_NAME,
     InputError,
@@ -69,7 +70,7 @@ def export_drafter(config: DrafterExportConfig) -> dict[str, Any]:
     check_free(config.out)
     sizes = read_drafter_config(config.drafter)
     if config.target is not None:
-        _check_target(sizes, read_target_config(config.target), where=config.drafter)
+        check_fit(sizes, read_target_config(config.target), where=config.drafter)
     drafter = load_drafter(config.drafter, dtype=jnp.dtype(config.dtype))
     with whole_folder(config.out, "drafter") as folder:
         save_drafter(drafter, folder)
@@ -122,7 +123,7 @@ def import_drafter(config: DrafterImportConfig) -> dict[str, Any]:
     else:
         sizes = parse_drafter_config(raw, where=where)
     if target is not None:
-        _check_target(sizes, target, where=config.drafter)
+        check_fit(sizes, target, where=config.drafter)
     tensors = load_tensors(config.drafter / _WEIGHTS, what=_WHAT)
     dropped = [name for name in _TARGETS_OWN if from_speculators and name in tensors]
     if dropped:
@@ -144,17 +145,6 @@ def import_drafter(config: DrafterImportConfig) -> dict[str, Any]:
         }
         write_record(folder, _record("import", config, config.drafter, result))
     return result
-
-
-def _check_target(sizes: DrafterConfig, target: TargetConfig, *, where: Path) -> None:
-    pairs = {
-        "hidden_size": (sizes.hidden_size, target.hidden_size),
-        "vocab_size": (sizes.vocab_size, target.vocab_size),
-        "num_target_layers": (sizes.num_target_layers, target.num_layers),
-    }
-    wrong = [f"{name} is {ours}, the target's is {theirs}" for name, (ours, theirs) in pairs.items() if ours != theirs]
-    if wrong:
-        raise InputError(f"{where} is a drafter of another target: {'; '.join(wrong)}")
 
 
 def _weight_facts(path: Path) -> dict[str, Any]:
