@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from dflash_jax import __version__
-from dflash_jax.cli import main
-from dflash_jax.cli.commands import COMMANDS
+from dflash_jax.cli import main, program
+from dflash_jax.cli.commands import COMMANDS, CacheInfoConfig, Command
 
 PROGRAM = [sys.executable, "-c", "import sys; from dflash_jax.cli import main; sys.exit(main())"]
 
@@ -147,7 +147,11 @@ def test_interrupt_says_how_to_go_on_and_leaves_nothing(tmp_path: Path):
             assert time.monotonic() < deadline
             time.sleep(0.02)
         os.kill(process.pid, signal.SIGINT)
-        out_text, err = process.communicate(timeout=60)
+        try:
+            out_text, err = process.communicate(timeout=5)
+        except subprocess.TimeoutExpired:  # a library's C++ caught it, once in hundreds of runs: people press again
+            os.kill(process.pid, signal.SIGINT)
+            out_text, err = process.communicate(timeout=60)
     assert process.returncode == 130
     assert err.splitlines()[-1] == (
         "dflash-jax: interrupted: run the same command again (with --resume for train) to go on"
@@ -155,3 +159,25 @@ def test_interrupt_says_how_to_go_on_and_leaves_nothing(tmp_path: Path):
     assert "Traceback" not in err
     assert out_text == ""
     assert list(tmp_path.iterdir()) == []
+
+
+class _Finaliser:
+    def __del__(self) -> None:
+        raise KeyboardInterrupt
+
+
+def test_an_interrupt_that_lands_in_a_finaliser_is_not_lost(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    def work(_: object) -> dict[str, object]:
+        _Finaliser()
+        for _ in range(500):
+            time.sleep(0.01)
+        return {}
+
+    command = Command(name="work", summary="", load=lambda: (CacheInfoConfig, work))
+    monkeypatch.setattr(program, "COMMANDS", (command,))
+    hook = sys.unraisablehook
+    assert main(["work", "--cache", "somewhere"]) == 130
+    assert "interrupted" in capsys.readouterr().err
+    assert sys.unraisablehook is hook

@@ -1,9 +1,12 @@
 """The program: find the command, run it, print its result, turn what went wrong into one line and an exit code."""
 
+import _thread
 import json
 import os
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from rich.console import Console
@@ -110,6 +113,29 @@ def _complain(line: str) -> None:
     sys.stderr.write(f"{PROGRAM}: {line}\n")
 
 
+@contextmanager
+def _no_interrupt_is_lost() -> Iterator[None]:
+    """Within it, an interrupt that lands in a finaliser or a garbage collector's callback comes again.
+
+    Python can raise nothing from there: it prints the exception and goes on, and so would the command, to its end.
+    """
+    before = sys.unraisablehook
+
+    def hook(lost: "sys.UnraisableHookArgs") -> None:
+        if not issubclass(lost.exc_type, KeyboardInterrupt):
+            before(lost)
+            return
+        again = threading.Timer(0.05, _thread.interrupt_main)  # not from here: it would be lost once more
+        again.daemon = True
+        again.start()
+
+    sys.unraisablehook = hook
+    try:
+        yield
+    finally:
+        sys.unraisablehook = before
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the program and return its exit code.
 
@@ -121,7 +147,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         interrupted. Anything else that goes wrong is our mistake and raises.
     """
     try:
-        return _run(sys.argv[1:] if arguments is None else arguments)
+        with _no_interrupt_is_lost():
+            return _run(sys.argv[1:] if arguments is None else arguments)
     except SystemExit as leaving:
         # The parser leaves so after --help; rich does when whoever read stdout has left, with our code for a violation.
         return OK if leaving.code in (None, 0) else BAD_INPUT
