@@ -1,7 +1,9 @@
 """speculators' own DFlash model, in a process of its own: `speculators_reader` replaces its package by an empty one.
 
-python speculators_drafter.py draft FOLDER INPUTS.npz OUT.npz    logits of a checkpoint, loaded as its users do
-python speculators_drafter.py convert FOLDER TARGET OUT          z-lab's layout by its own converter
+python speculators_drafter.py JOB...      one process for all: its imports take ten seconds
+
+draft:FOLDER:INPUTS.npz:OUT.npz    logits of a checkpoint, loaded as its users do
+convert:FOLDER:TARGET:OUT          z-lab's layout by its own converter
 """
 
 import os

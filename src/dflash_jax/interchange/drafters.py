@@ -80,14 +80,10 @@ def export_drafter(config: DrafterExportConfig) -> dict[str, Any]:
             raise InputError(f"{config.out}: what was written is not what was read: see to the disk; nothing is left")
         if config.format == "speculators":
             write_json(folder / "config.json", _speculators_json(sizes, config))
-        weights = folder / _WEIGHTS
         result = {
             "out": str(config.out),
             "format": config.format,
-            "dtype": config.dtype,
-            "block_size": sizes.block_size,
-            "capture_layers": list(sizes.capture_layers),
-            **_weight_facts(weights),
+            **_facts(folder, sizes, dtype=config.dtype),
             **_serving(sizes, config),
             "warnings": _warnings(sizes),
         }
@@ -137,23 +133,25 @@ def import_drafter(config: DrafterImportConfig) -> dict[str, Any]:
         result = {
             "out": str(config.out),
             "format": "speculators" if from_speculators else "z-lab",
-            "dtype": dtype,
-            "block_size": sizes.block_size,
-            "capture_layers": list(sizes.capture_layers),
-            **_weight_facts(folder / _WEIGHTS),
+            **_facts(folder, sizes, dtype=dtype),
             "dropped": dropped,
         }
         write_record(folder, _record("import", config, config.drafter, result))
     return result
 
 
-def _weight_facts(path: Path) -> dict[str, Any]:
-    header = read_header(path, what=_WHAT)
+def _facts(folder: Path, sizes: DrafterConfig, *, dtype: str) -> dict[str, Any]:
+    """What was written, of either command."""
+    weights = folder / _WEIGHTS
+    header = read_header(weights, what=_WHAT)
     return {
+        "dtype": dtype,
+        "block_size": sizes.block_size,
+        "capture_layers": list(sizes.capture_layers),
         "num_tensors": len(header),
         "num_parameters": sum(int(np.prod(entry["shape"])) for entry in header.values()),
-        "bytes": path.stat().st_size,
-        "sha256": drafter_fingerprint(path.parent),
+        "bytes": weights.stat().st_size,
+        "sha256": drafter_fingerprint(folder),
     }
 
 
