@@ -2,6 +2,7 @@
 
 import json
 
+import jax
 import numpy as np
 import pytest
 
@@ -41,6 +42,27 @@ def test_a_mesh_gives_the_same_features_and_bfloat16_nearly_so(tmp_path):
     assert 1e-4 < error < 0.1
     # whatever is stored, the forward was bfloat16's
     np.testing.assert_array_equal(half, half.astype("bfloat16").astype(np.float32))
+
+
+@pytest.mark.parametrize("mesh", ["data=1", "data=2"])
+def test_layers_apart_give_what_the_whole_program_gives(mesh, tmp_path):
+    folder = tiny.tiny_target()
+    sizes = targets.read_target_config(folder)
+    config = cache.CacheBuildConfig(
+        target=folder, responses=tmp_path, out=tmp_path, capture_layers=(1, 3), features="float32", top_k=4, mesh=mesh
+    )
+    capture = target_capture(config, sizes, mesh=targets.open_mesh(sizes, mesh, local=True))
+    tokens = np.random.default_rng(0).integers(4, len(tiny.TOKENS), (3, 16)).astype(np.int32)
+    batch = (tokens, np.array([16, 9, 1], np.int32), np.array([0, 70000, 3], np.int32))
+    whole, memory = capture.start(*batch, keep=True)
+    apart, memory_apart = capture.start(*batch, keep=True, by_layers=True)
+    assert whole.features is not None
+    assert apart.features is not None
+    np.testing.assert_allclose(apart.features, whole.features, rtol=1e-4, atol=1e-5)
+    for ours, theirs in ((apart.next_ids, whole.next_ids), (apart.top_ids, whole.top_ids)):
+        np.testing.assert_array_equal(ours, theirs)
+    for ours, theirs in zip(jax.tree.leaves(memory_apart), jax.tree.leaves(memory), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
 @pytest.fixture(scope="module")

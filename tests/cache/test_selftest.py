@@ -1,5 +1,6 @@
 """The capture self-test finds what captures get wrong, each injected into a real forward."""
 
+from collections import Counter
 from typing import Any
 
 import equinox as eqx
@@ -9,7 +10,7 @@ import pytest
 
 from dflash_jax.cache import CacheBuildConfig, build
 from dflash_jax.cache.build import plan_build
-from dflash_jax.cache.selftest import require, self_test
+from dflash_jax.cache.selftest import require, self_test, self_test_shapes
 from dflash_jax.core import InputError
 from dflash_jax.targets import load_target, prefill
 from dflash_jax.text import load_tokenizer
@@ -50,6 +51,18 @@ def test_a_sound_capture_passes(folder):
     assert found["mask token"]["found"] == f"{tiny.MASK_ID} (<spare>) is in none of 3 texts"
     assert found["chat template"]["found"] == "present, written round 0 of 3 prompts"
     assert found["head"]["found"] == "of its own; next_ids are its largest logits"
+
+
+def test_its_forwards_are_counted(folder):
+    ran = Counter()
+
+    def forward(target, tokens, **named):
+        ran[tokens.shape] += 1
+        return prefill(target, tokens, **named)
+
+    findings(folder, forward=forward)
+    # layers from their own features run as other targets, all of them together once
+    assert self_test_shapes(plan_build(config(folder))) == ran + Counter({(4, 32): 1})
 
 
 def normed(target, *given, **named):

@@ -46,7 +46,9 @@ Stored = tuple[
 ]
 
 
-def _store(target: Target, output: TargetOutput, layout: FeatureLayout, *, keep: bool) -> Stored:
+@eqx.filter_jit
+def _store(target: Target, output: TargetOutput, layout: FeatureLayout, keep: bool) -> Stored:
+    """What is stored of a forward. A program of its own where the forward is no part of a larger one."""
     stored, scales = store_features(output.features, layout)
     kv = output.kv if keep else None
     if not layout.top_k:
@@ -55,8 +57,7 @@ def _store(target: Target, output: TargetOutput, layout: FeatureLayout, *, keep:
     return stored, scales, ids[..., 0], ids, logprobs.astype(jnp.float16), kv
 
 
-@eqx.filter_jit
-def _start(
+def _start_by_layers(
     target: Target,
     tokens: Int32[Array, "batch seq"],
     lengths: Int32[Array, " batch"],
@@ -65,9 +66,13 @@ def _start(
     layout: FeatureLayout,
     keep: bool,
 ) -> Stored:
-    """Features as they are stored, next_ids and likeliest tokens, of a padded batch. One compile per shape."""
+    """Features as they are stored, next_ids and likeliest tokens, of a padded batch; a program per kind of layer."""
     output = prefill(target, tokens, lengths=lengths, position_offset=position_offset, capture_layers=capture_layers)
-    return _store(target, output, layout, keep=keep)
+    return _store(target, output, layout, keep)
+
+
+_start = eqx.filter_jit(_start_by_layers)
+"""The same as one program. One compile per shape."""
 
 
 @eqx.filter_jit
@@ -83,7 +88,7 @@ def _extend(
     """The same of tokens that continue the first `starts` rows of some sequences of a KV cache."""
     layers = jax.tree_util.tree_map(lambda buffer: buffer[sources], kv.layers)
     picked = KVCache(layers=layers, lengths=starts, position_offset=kv.position_offset[sources])
-    return _store(target, extend(target, picked, tokens, capture_layers=capture_layers), layout, keep=False)
+    return _store(target, extend(target, picked, tokens, capture_layers=capture_layers), layout, False)
 
 
 class TargetCapture:
@@ -115,8 +120,18 @@ class TargetCapture:
         position_offset: Int32[np.ndarray, " batch"],
         *,
         keep: bool,
+        by_layers: bool = False,
     ) -> tuple[Captured, KVCache | None]:
-        """Launch the forward of a batch; see `Capture`."""
+        """Launch the forward of a batch; see `Capture`.
+
+        Args:
+            tokens: see `Capture`.
+            lengths: the same.
+            position_offset: the same.
+            keep: the same.
+            by_layers: run its layers as programs of their own. What it gives and how long it takes is the same, but
+                layers of one kind are compiled once.
+        """
         rows = len(tokens)
         fill = padded_rows(self._mesh, rows) - rows  # rows of one token that nobody looks at
         given = put_batch(
@@ -127,7 +142,8 @@ class TargetCapture:
                 "position_offset": np.pad(position_offset, (0, fill)),
             },
         )
-        *results, kv = _start(self.target, **given, capture_layers=self._capture_layers, layout=self._layout, keep=keep)
+        start = _start_by_layers if by_layers else _start
+        *results, kv = start(self.target, **given, capture_layers=self._capture_layers, layout=self._layout, keep=keep)
         return _captured(results, rows), kv
 
     def extend(

@@ -5,6 +5,7 @@ with something that must be equal to it: the features with what the layers after
 itself among others, under padding, at an offset.
 """
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -147,8 +148,13 @@ def _residual(_: BuildPlan, probe: _Probe) -> dict[str, Any]:
     return _within(max(differences), probe.bound, "residual, not normed: the layers after each column give the next")
 
 
+def _offsets(plan: BuildPlan) -> list[int]:
+    """Where features are compared with those at 0."""
+    return [offset for offset in plan.config.position_offsets if offset] or [_FAR]
+
+
 def _rope(plan: BuildPlan, probe: _Probe) -> dict[str, Any]:
-    texts, offsets = probe.texts, [offset for offset in plan.config.position_offsets if offset] or [_FAR]
+    texts, offsets = probe.texts, _offsets(plan)
     outputs = [probe.run(texts.tokens, texts.lengths, position_offset=offset) for offset in offsets]
     difference, where = probe.worst(outputs), ", ".join(map(str, offsets))
     if plan.config.rope != "exact":
@@ -217,6 +223,13 @@ def _template(plan: BuildPlan, tokenizer: Tokenizer | None) -> dict[str, Any]:
     # a conversation begins as the template begins one, and ends where the assistant is to speak
     used = sum(prompt[:1] == rendered[:1] and prompt[-2:] == rendered[-2:] for prompt in prompts)
     return {"holds": True, "found": f"present, written round {used} of {len(prompts)} prompts"}
+
+
+def self_test_shapes(plan: BuildPlan) -> Counter[tuple[int, int]]:
+    """Return how often the self-test runs the target, by rows and tokens of a forward."""
+    count = min(_ROWS, plan.responses.num_rows)
+    # as it is, with other padding, from its own features (the layers in turn); at every offset; each text alone
+    return Counter({(count + 1, _TOKENS): 3 + len(_offsets(plan)), (1, _TOKENS): count})
 
 
 def self_test(
