@@ -15,6 +15,7 @@ from dflash_jax.core.files import (
     sync_folder,
     write_json,
 )
+from dflash_jax.core.memory import give_back_freed
 from dflash_jax.core.mesh import (
     LOGICAL_AXES,
     MeshShape,
@@ -40,6 +41,7 @@ __all__ = [
     "Move",
     "atomic_file",
     "check_names_and_shapes",
+    "give_back_freed",
     "load_tensors",
     "make_mesh",
     "make_record",

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from jaxtyping import Array, Float
 
-from dflash_jax.core import InputError, Move
+from dflash_jax.core import InputError, Move, give_back_freed
 from dflash_jax.train.checkpoint import CheckpointWriter, RunFolder
 from dflash_jax.train.config import TrainConfig
 from dflash_jax.train.data import Prefetch
@@ -108,6 +108,8 @@ class Loop:
                 batch, waited = batches.take(step)
                 state, result = self.step(state, batch)
                 del batch
+                if step == done:  # the step was compiled just now
+                    give_back_freed()
                 self._pending.append(_Done(result=result, input_s=waited))
                 self.input_s += waited
                 is_checkpoint = config.is_checkpoint(step + 1)
