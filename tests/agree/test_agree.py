@@ -101,6 +101,14 @@ def test_every_block_is_equal_at_every_offset(sound):
     assert sound["warnings"] == []
 
 
+@pytest.mark.slow
+def test_a_mesh_compares_the_same_blocks(sound, cache, drafter):
+    found = run(cache, drafter, mesh="data=2", batch_size=3)
+    assert found["mesh"] == "data=2"
+    for key in ("num_blocks", "num_equal", "differences", "replay", "decode", "by_ctx_pos_start"):
+        assert found[key] == sound[key], key
+
+
 def test_both_sides_are_the_check_s_and_decode_s_own(sound, cache, drafter):
     """Blocks and taus found here from the rooms themselves."""
     target, model, opened = load_target(tiny.tiny_target()), load_drafter(drafter), open_cache(cache)

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from dflash_jax import targets
 from dflash_jax.accept import evaluate_cache, replay_blocks
 from dflash_jax.cache import open_cache
 from dflash_jax.check import CheckConfig, check
@@ -199,6 +200,16 @@ def test_json(tmp_path, target_folder, cache_folder, cache, drafter_folder, resu
     assert difference[str(FAR)]["mean"] == pytest.approx(
         offsets[str(FAR)]["accept_len_mean"] - offsets["0"]["accept_len_mean"], abs=1e-9
     )
+
+
+def test_no_layer_of_the_target_is_loaded(monkeypatch, target_folder, cache_folder, drafter_folder):
+    """A check needs the target's ends: one of gpt-oss-20b runs where its 42 GB would not fit."""
+    loaded = []
+    monkeypatch.setattr(
+        targets, "load_target", lambda *given, **named: loaded.append(load_target(*given, **named)) or loaded[-1]
+    )
+    check(some_config(target_folder, cache_folder, drafter_folder, anchors="random:1"))
+    assert [target.layers for target in loaded] == [()]
 
 
 def test_drafters_and_caches_are_compared(tmp_path, target_folder, cache_folder, drafter_folder):

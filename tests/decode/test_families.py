@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from dflash_jax.decode import Decoder, guided_loop, start_decoding
-from dflash_jax.targets import load_target, prefill
+from dflash_jax.targets import load_target, open_mesh, prefill, put_whole, read_target_config
 from support import families, tiny, tiny_chain
 
 NEW, BLOCK, BUCKET = 24, 4, 32
@@ -72,6 +72,36 @@ def test_families_decode_losslessly(target):
     text = np.asarray(done.tokens)
     assert [text[row, n : n + NEW].tolist() for row, n in enumerate(LENGTHS)] == wanted
     assert set(np.unique(done.committed)) == {0, 1, 2, 3, 4}
+
+
+@pytest.mark.slow
+def test_blocks_are_the_same_on_a_mesh(tmp_path):
+    """Heads and vocabulary split, then experts."""
+    folder = families.write_random_target(
+        tmp_path / "target", families.GPT_OSS | {"vocab_size": 102, "num_local_experts": 8}
+    )
+    draw = np.random.default_rng(4)
+    prompts = [draw.integers(0, 102, n).tolist() for n in LENGTHS]
+    drafter = tiny.random_drafter(
+        tiny.tiny_drafter_config(
+            hidden_size=24, num_layers=1, num_heads=2, num_kv_heads=1, head_dim=6, vocab_size=102,
+            capture_layers=(0, 2), num_target_layers=4, block_size=BLOCK, attention_bias=True,
+        )
+    )  # fmt: skip
+    found = []
+    for mesh in ("data=1", "model=2", "expert=2"):
+        config = read_target_config(folder)
+        split = load_target(folder, mesh=open_mesh(config, mesh))
+        decoder = Decoder(split, stop_ids=[], max_new_tokens=NEW, batch_size=4, prompt_bucket=BUCKET)
+        whole = put_whole(split.mesh, drafter)
+        rows = decoder.decode(prompts, drafter=whole, position_offset=OFFSETS).rows
+        parts = decoder.stream(prompts, drafter=whole, position_offset=OFFSETS, blocks_per_step=5)
+        streamed = [
+            [n for part in row for n in part.tokens] for row in zip(*(step.rows for step in parts), strict=True)
+        ]
+        assert streamed == [row.tokens for row in rows]
+        found.append(rows)
+    assert found[0] == found[1] == found[2]
 
 
 @pytest.mark.parametrize(

@@ -82,6 +82,24 @@ def test_without_compare_and_far_away_the_tokens_are_the_same(compared, target, 
         assert ours == theirs | {"tokens_equal": None}
 
 
+@pytest.mark.slow
+def test_a_mesh_changes_no_token_and_no_block(compared, target, drafter, tmp_path):
+    _, rows, _ = compared
+    mesh = "data=2"
+    prompts = str(tiny.write_prompts(tmp_path / "prompts.jsonl", tiny.TEXTS))
+    out = tmp_path / "rows.jsonl"
+    result = decode_prompts(config(target, drafter, prompts, mesh=mesh, compare=True, out=out))
+    assert (result["mesh"], result["whole_axes"], result["tokens_equal"]) == (mesh, [], True)
+    split = [json.loads(line) for line in out.read_bytes().split(b"\n")[:-1]]
+    assert [row["response_ids"] for row in split] == [row["response_ids"] for row in rows]
+    assert [row["accepted"] for row in split] == [row["accepted"] for row in rows]
+    # one text at a time: rows that the mesh needs and nobody asked for are left out
+    streamed = decode_prompts(config(target, drafter, prompts, mesh=mesh, batch_size=1, stream=True, limit=2, out=out))
+    assert streamed["num_prompts"] == 2
+    first, *_ = [json.loads(line) for line in out.read_bytes().split(b"\n")[:-1]]
+    assert first["response_ids"] == next(row for row in rows if row["id"] == first["id"])["response_ids"]
+
+
 def test_a_drafter_of_another_target_is_refused(target, prompts, tmp_path):
     sizes = tiny.tiny_drafter_config(vocab_size=59, num_target_layers=7, hidden_size=26)
     save_drafter(tiny.random_drafter(sizes), tmp_path)

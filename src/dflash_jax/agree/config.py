@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from dflash_jax.core import InputError
+from dflash_jax.core import InputError, parse_mesh
 from dflash_jax.nn import check_rope_precision
 
 
@@ -34,6 +34,9 @@ class AgreeConfig:
     """Use only the first so many texts (rows of the responses file), at every offset."""
     batch_size: int = 8
     """Prompts decoded side by side."""
+    mesh: str = "data=1"
+    """Devices to split the target over, such as data=2,model=4 (axes: data, expert, model); default: one device. Every
+    device holds the whole drafter, embedding and head."""
     anchors_per_chunk: int = 64
     """Anchors that the replay drafts in one turn; bounds memory."""
 
@@ -48,3 +51,4 @@ class AgreeConfig:
                 f"--block-size is {self.block_size}: at least 2 are needed (the anchor and one drafted token)"
             )
         check_rope_precision(self.rope)
+        parse_mesh(self.mesh)

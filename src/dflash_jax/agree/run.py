@@ -15,7 +15,7 @@ from dflash_jax.agree.cause import Cause, Examiner
 from dflash_jax.agree.config import AgreeConfig
 from dflash_jax.agree.online import Online, Prompt
 from dflash_jax.cache import Cache, Sequence, open_cache
-from dflash_jax.core import InputError, Move, make_record, no_progress
+from dflash_jax.core import InputError, Move, make_record, no_progress, require_one_process
 from dflash_jax.decode import Decoded
 from dflash_jax.drafter import Drafter, drafter_fingerprint, load_drafter, read_drafter_config
 from dflash_jax.text import Tokenizer
@@ -102,8 +102,9 @@ class _Agreement:
     def __init__(self, config: AgreeConfig, cache: Cache, *, block_size: int) -> None:
         self.config, self.cache, self.block_size = config, cache, block_size
         self.tokenizer = text.load_tokenizer(config.target)
-        self.target = targets.load_target(config.target)
-        self.checked = load_drafter(config.drafter)
+        mesh = targets.open_mesh(targets.read_target_config(config.target), config.mesh)
+        self.target = targets.load_target(config.target, mesh=mesh)
+        self.checked = targets.put_whole(mesh, load_drafter(config.drafter))
         self.served = self._served()
         self.rows, longest = _rows(cache, config, vocab_size=self.target.config.vocab_size)
         budget = cache.manifest["max_new_tokens"]
@@ -126,14 +127,15 @@ class _Agreement:
             and read_drafter_config(folder) == self.checked.config
         ):
             return self.checked
-        return load_drafter(folder)
+        return targets.put_whole(self.target.mesh, load_drafter(folder))
 
     def replay(self, progress: Move) -> list[SequenceResult]:
         """The check's results on the texts to compare."""
+        embed_tokens, head = targets.put_whole(self.target.mesh, (self.target.embed_tokens, self.target.head))
         return evaluate_cache(
             self.checked,
-            self.target.embed_tokens,
-            self.target.head,
+            embed_tokens,
+            head,
             self.cache,
             max_positions=self.target.config.max_positions,
             block_size=self.block_size,
@@ -287,8 +289,10 @@ def agree(config: AgreeConfig, *, progress: Move = no_progress) -> dict[str, Any
         both), `by_ctx_pos_start` and what was compared.
 
     Raises:
-        InputError: bad target, cache or drafter; sizes that do not fit; nothing to compare.
+        InputError: bad target, cache, drafter or mesh; sizes that do not fit; one of several processes; nothing to
+            compare.
     """
+    require_one_process("agree")
     block_size = _check_drafter(config.drafter, config)
     if config.served_drafter is not None:
         served = _check_drafter(config.served_drafter, config)
@@ -320,6 +324,7 @@ def agree(config: AgreeConfig, *, progress: Move = no_progress) -> dict[str, Any
         "drafter": str(config.drafter),
         "served_drafter": None if config.served_drafter is None else str(config.served_drafter),
         "rope": config.rope,
+        "mesh": config.mesh,
         "warnings": warnings,
         "record": make_record(
             "agree",

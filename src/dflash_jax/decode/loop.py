@@ -27,8 +27,8 @@ from jaxtyping import Array, Bool, Int32
 from dflash_jax.decode.accept import accept_len
 from dflash_jax.decode.sampler import Sampler, choose_tokens
 from dflash_jax.drafter import ContextKV, Drafter, context_kv, draft_hidden, embed_slots
-from dflash_jax.nn import greedy_tokens, write_rows
-from dflash_jax.targets import KVCache, Target, constrain, extend, pin_cache, prefill
+from dflash_jax.nn import write_rows
+from dflash_jax.targets import KVCache, Target, constrain, extend, next_ids, pin_cache, prefill
 
 
 class DecodeState(eqx.Module):
@@ -60,6 +60,16 @@ class DecodeState(eqx.Module):
     num_blocks: Int32[Array, " batch"]
     stop_ids: Int32[Array, " stops"]
     sampler: Sampler | None
+
+
+_PER_ROW = ("tokens", "start", "limit", "done", "kv", "context", "committed", "accepted", "num_blocks", "sampler")
+
+
+def _pinned(state: DecodeState, mesh: Mesh | None) -> DecodeState:
+    """The state, its rows split over the mesh: programs hand it to each other as it is. A mesh of None pins nothing."""
+    one = lambda leaf: constrain(leaf, ("batch", *[None] * (leaf.ndim - 1)), mesh)
+    parts = {name: jax.tree_util.tree_map(one, getattr(state, name)) for name in _PER_ROW if name != "kv"}
+    return replace(state, kv=pin_cache(state.kv, mesh), **parts)
 
 
 def decode_capacity(prompt_bucket: int, max_new_tokens: int, block_size: int) -> int:
@@ -109,7 +119,7 @@ def start_decoding(
         pad = ((0, 0), (0, 0), (0, capacity - seq), (0, 0))
         rows = jax.vmap(context_kv, in_axes=(None, 0, 0))(drafter, out.features, positions)
         context = tuple(ContextKV(k=jnp.pad(row.k, pad), v=jnp.pad(row.v, pad)) for row in rows)
-    return DecodeState(
+    state = DecodeState(
         tokens=tokens,
         start=lengths,
         limit=limit,
@@ -122,6 +132,7 @@ def start_decoding(
         stop_ids=stop_ids,
         sampler=sampler,
     )
+    return _pinned(state, target.mesh)
 
 
 def _write_tokens(
@@ -184,7 +195,7 @@ def draft(target: Target, drafter: Drafter, state: DecodeState, *, block_size: i
         context_lengths=state.start[:, None],
         block_lengths=(state.limit - state.start)[:, None],
     )
-    return greedy_tokens(hidden[:, 0, 1:].astype(target.head.dtype), target.head)
+    return next_ids(target, hidden[:, 0, 1:].astype(target.head.dtype))
 
 
 def verify(target: Target, drafter: Drafter, state: DecodeState, drafted: Int32[Array, "batch drafted"]) -> DecodeState:
@@ -240,17 +251,7 @@ def plain_loop(target: Target, state: DecodeState) -> DecodeState:
 
 def plain_blocks(target: Target, state: DecodeState, num_blocks: Int32[Array, ""]) -> DecodeState:
     """`plain_loop` for at most `num_blocks` steps."""
-    return _some_steps(lambda s: plain_step(target, s), state, num_blocks)
-
-
-_PER_ROW = ("tokens", "start", "limit", "done", "kv", "context", "committed", "accepted", "num_blocks", "sampler")
-
-
-def _pinned(state: DecodeState, mesh: Mesh | None) -> DecodeState:
-    """The state, split over the mesh as `start_decoding` has it: its programs hand it to each other as it is."""
-    one = lambda leaf: constrain(leaf, ("batch", *[None] * (leaf.ndim - 1)), mesh)
-    parts = {name: jax.tree_util.tree_map(one, getattr(state, name)) for name in _PER_ROW if name != "kv"}
-    return replace(state, kv=pin_cache(state.kv, mesh), **parts)
+    return _pinned(_some_steps(lambda s: plain_step(target, s), state, num_blocks), target.mesh)
 
 
 def plain_until(target: Target, state: DecodeState, enough: Int32[Array, ""]) -> DecodeState:
@@ -297,7 +298,8 @@ def speculative_blocks(
     target: Target, drafter: Drafter, state: DecodeState, num_blocks: Int32[Array, ""], *, block_size: int
 ) -> DecodeState:
     """`speculative_loop` for at most `num_blocks` blocks of every sequence: what a stream is made of."""
-    return _some_steps(lambda s: speculative_step(target, drafter, s, block_size=block_size), state, num_blocks)
+    step = lambda s: speculative_step(target, drafter, s, block_size=block_size)
+    return _pinned(_some_steps(step, state, num_blocks), target.mesh)
 
 
 def guided_loop(

@@ -106,6 +106,9 @@ class DecodeConfig:
     """Weights and activations of target and drafter. In bfloat16 a near tie may flip a token: --compare explains it."""
     position_offset: int = 0
     """Absolute position of every prompt's first token."""
+    mesh: str = "data=1"
+    """Devices to split the target over, such as data=2,model=4 (axes: data, expert, model); default: one device. Every
+    device holds the whole drafter."""
     rope: str = "exact"
     """How the target's angles are computed: exact, or as other engines do, float32, bfloat16, table:N."""
     limit: int | None = None
@@ -123,6 +126,7 @@ class DecodeConfig:
         """Check the numbers."""
         _positive("max-new-tokens", self.max_new_tokens)
         _positive("batch-size", self.batch_size)
+        parse_mesh(self.mesh)
         check_rope_precision(self.rope)
         if self.limit is not None:
             _positive("limit", self.limit)

@@ -10,13 +10,29 @@ import jax.numpy as jnp
 import numpy as np
 
 from dflash_jax.accept import check_block_size, check_fit, rate_ratio_interval
-from dflash_jax.core import Move, atomic_file, make_record, no_progress, write_json
+from dflash_jax.core import (
+    Move,
+    atomic_file,
+    make_record,
+    mesh_shape,
+    no_progress,
+    require_one_process,
+    write_json,
+)
 from dflash_jax.decode import Decoded, Decoder, Flip, explain_flip
 from dflash_jax.drafter import Drafter, drafter_fingerprint, load_drafter, read_drafter_config
 from dflash_jax.generate.config import DecodeConfig
 from dflash_jax.generate.prompts import EncodedPrompt, by_length, encode_prompts, sample_stream
 from dflash_jax.generate.stream import TextPiece, text_pieces
-from dflash_jax.targets import Target, load_target, read_target_config
+from dflash_jax.targets import (
+    Target,
+    load_target,
+    open_mesh,
+    padded_rows,
+    put_whole,
+    read_target_config,
+    whole_axes,
+)
 from dflash_jax.text import Tokenizer, load_tokenizer
 
 BOOTSTRAP_SAMPLES = 2000
@@ -173,9 +189,11 @@ def _ignore(piece: TextPiece) -> None:
 
 def _open(config: DecodeConfig, show: Show) -> tuple[_Run, list[EncodedPrompt]]:
     """Everything loaded and checked, and the prompts."""
+    require_one_process("decode")
     target_config, drafter_config = read_target_config(config.target), read_drafter_config(config.drafter)
     check_fit(drafter_config, target_config, where=config.drafter)
     block_size = check_block_size(config.block_size, drafter_config)
+    mesh = open_mesh(target_config, config.mesh)
     tokenizer = load_tokenizer(config.target)
     prompts = encode_prompts(
         config.prompts,
@@ -186,14 +204,14 @@ def _open(config: DecodeConfig, show: Show) -> tuple[_Run, list[EncodedPrompt]]:
         position_offset=config.position_offset,
     )
     dtype = jnp.dtype(config.dtype)
-    target = load_target(config.target, rope=config.rope, dtype=dtype)
+    target = load_target(config.target, rope=config.rope, dtype=dtype, mesh=mesh)
     # few prompts: compiling a shape for each width would take longer than the padding costs
     bucket = -(-max(len(item.ids) for item in prompts) // 64) * 64
-    batch_size = min(config.batch_size, len(prompts))
+    batch_size = padded_rows(mesh, min(config.batch_size, len(prompts)))
     run = _Run(
         config=config,
         target=target,
-        drafter=load_drafter(config.drafter, dtype=dtype),
+        drafter=put_whole(mesh, load_drafter(config.drafter, dtype=dtype)),
         tokenizer=tokenizer,
         decoder=Decoder(
             target,
@@ -222,11 +240,13 @@ def decode_prompts(config: DecodeConfig, *, progress: Move = no_progress, show: 
         The `decode --compare` JSON of the design: `tokens_equal`, `tau_micro` (tokens committed per target pass, pooled
         over blocks), `tau_macro` (mean of per-prompt means), `tokens_per_s`, `plain_tokens_per_s` and `speedup` (of the
         decoding loops: prompts' passes and compiling are outside), `speedup_ci95` (see `_speedup`), `num_prompts`,
-        `num_tokens`, `block_size`, and `text` of the first prompt; `differences`: for every prompt whose tokens differ,
+        `num_tokens`, `block_size`, `mesh`, `whole_axes` (what the mesh cannot split, and why), and `text` of the first
+        prompt; `differences`: for every prompt whose tokens differ,
         the first one that does and why (`decode.Flip`). Keys of the comparison are None without it.
 
     Raises:
-        InputError: bad target, drafter or prompts; a drafter that does not fit; a block size it was not trained for.
+        InputError: bad target, drafter, prompts or mesh; one of several processes; a drafter that does not fit; a block
+            size it was not trained for.
     """
     run, prompts = _open(config, show)
     rows, differences, speculative, plain = _decode_all(run, prompts, progress)
@@ -251,6 +271,8 @@ def decode_prompts(config: DecodeConfig, *, progress: Move = no_progress, show: 
         "batch_size": config.batch_size,
         "position_offset": config.position_offset,
         "dtype": config.dtype,
+        "mesh": str(mesh_shape(run.target.mesh)),
+        "whole_axes": whole_axes(run.target.config, mesh_shape(run.target.mesh)),
         "sampling": None if config.sampling is None else asdict(config.sampling),
         "differences": differences if config.compare else None,
         "text": rows[0]["text"],

@@ -22,7 +22,15 @@ from dflash_jax.targets.describe import describe_target
 from dflash_jax.targets.layout import assemble, stored_shapes, tensor_axes, tensor_shapes
 from dflash_jax.targets.loading import fingerprint, load_target
 from dflash_jax.targets.mxfp4 import dequantise_mxfp4
-from dflash_jax.targets.sharding import constrain, open_mesh, padded_rows, put_batch, weight_sharding, whole_axes
+from dflash_jax.targets.sharding import (
+    constrain,
+    open_mesh,
+    padded_rows,
+    put_batch,
+    put_whole,
+    weight_sharding,
+    whole_axes,
+)
 
 __all__ = [
     "DecoderLayer",
@@ -47,6 +55,7 @@ __all__ = [
     "prefill",
     "prefill_flops",
     "put_batch",
+    "put_whole",
     "read_target_config",
     "stored_shapes",
     "tensor_axes",

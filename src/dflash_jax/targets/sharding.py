@@ -4,6 +4,7 @@ Which axis is split over what is decided by `core.LOGICAL_AXES` alone. Without a
 """
 
 from collections.abc import Mapping
+from typing import Any, TypeVar
 
 import equinox as eqx
 import jax
@@ -25,6 +26,8 @@ from dflash_jax.core import (
 )
 from dflash_jax.nn import MoE, SwiGLU, TopPart, apply_experts, best_tokens, fold_top
 from dflash_jax.targets.config import TargetConfig
+
+Tree = TypeVar("Tree")
 
 
 def axis_units(config: TargetConfig) -> dict[str, int]:
@@ -123,6 +126,11 @@ def put_batch(mesh: Mesh | None, arrays: Mapping[str, np.ndarray]) -> dict[str, 
     return placed
 
 
+def put_whole(mesh: Mesh | None, tree: Tree) -> Tree:
+    """Return arrays as every device of a mesh holds them whole: a drafter's weights. Without a mesh, the arrays."""
+    return tree if mesh is None else jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))
+
+
 def top_tokens_split(
     hidden: Float[Array, "batch query hidden"], head: Float[Array, "vocab hidden"], mesh: Mesh, *, count: int
 ) -> tuple[Int32[Array, "batch query {count}"], Float[Array, "batch query {count}"]]:
@@ -195,8 +203,8 @@ def greedy_tokens_split(
     return split_call(hidden, head)
 
 
-def _matrices(moe: MoE) -> tuple[Array, ...]:
-    """What is split of a mixture of experts; its router is not."""
+def _matrices(moe: Any) -> tuple[Any, ...]:
+    """What is split of a mixture of experts, or of a tree of its shape; its router is not."""
     experts = moe.experts
     return experts.gate_up_proj, experts.gate_up_proj_bias, experts.down_proj, experts.down_proj_bias
 
