@@ -43,6 +43,13 @@ FAULTS = {
         mended_by=("target",),
         says="the target's rotary angles are rounded to bfloat16",
     ),
+    "bfloat16 angles of a target on two devices": Fault(
+        settings={"rope": "bfloat16", "mesh": "data=2"},
+        cause="bfloat16_angles",
+        broken=(4096, FAR),
+        mended_by=("target",),
+        says="the target's rotary angles are rounded to bfloat16",
+    ),
     "float32 angles of the target": Fault(
         settings={"rope": "float32", "position_offsets": (0, FAR, 2**28)},
         offsets=(0, FAR, 2**28),
@@ -216,6 +223,7 @@ def test_two_faults_are_both_named(world):
     ("settings", "noted"),
     [
         ({}, False),
+        ({"mesh": "data=2"}, False),
         ({"drafter_positions": "ignore-offset"}, True),
         ({"context_shift": 1, "block_shift": 1}, True),
         # float32 is good enough for a while

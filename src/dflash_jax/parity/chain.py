@@ -17,7 +17,7 @@ from dflash_jax.decode import accept_len
 from dflash_jax.drafter import ContextKV, Drafter, StoredSequence, block_labels, context_kv, draft_in_context
 from dflash_jax.nn import greedy_tokens
 from dflash_jax.parity.texts import Text, TextBatch
-from dflash_jax.targets import Target, next_ids, prefill
+from dflash_jax.targets import Target, next_ids, prefill, put_whole
 
 CACHE = "cache"
 """The kind of features and labels that a cache holds; other kinds are settings of the target's angles."""
@@ -135,9 +135,13 @@ class Chain:
     """A target, a drafter and where each link may come from."""
 
     def __init__(self, target: Target, drafter: Drafter, *, block_size: int, anchors_per_chunk: int) -> None:
-        """Bind what all texts share; target and drafter have exact angles."""
+        """Bind what all texts share; target and drafter have exact angles.
+
+        On the target's mesh every device drafts every block, with the whole drafter, embedding and head: the target's
+        passes are what takes time.
+        """
         self.target = target
-        self.drafter = drafter
+        self.drafter, self.embed_tokens, self.head = put_whole(target.mesh, (drafter, target.embed_tokens, target.head))
         self.block_size = block_size
         self.anchors_per_chunk = anchors_per_chunk
         self.layers = drafter.config.capture_layers
@@ -162,13 +166,13 @@ class Chain:
             jnp.full(batch.lengths.shape, offset, jnp.int32),
             layers,
         )
-        return Captured(features=features, next_ids=np.asarray(labels))
+        return Captured(features=put_whole(target.mesh, features), next_ids=np.asarray(labels))
 
     def columns(self, batch: TextBatch, captured: Captured, *, shift: int) -> Captured:
         """Return the drafter's own layers, moved by `shift`, of what was captured of them and their neighbours."""
         parts = dict(zip(self._wide, jnp.split(captured.features, len(self._wide), axis=-1), strict=True))
         if shift and any(layer + shift == -1 for layer in self.layers):
-            parts[-1] = self.target.embed_tokens[jnp.asarray(batch.tokens)]
+            parts[-1] = self.embed_tokens[jnp.asarray(batch.tokens)]
         features = jnp.concatenate([parts[layer + shift] for layer in self.layers], axis=-1)
         return Captured(features=features, next_ids=captured.next_ids)
 
@@ -246,7 +250,7 @@ class Run:
         return [
             _hidden(
                 drafter,
-                chain.target.embed_tokens,
+                chain.embed_tokens,
                 context,
                 tokens,
                 jnp.asarray(anchors),
@@ -267,7 +271,7 @@ class Run:
     def _drafted(self, links: Links) -> list[Int32[np.ndarray, "anchor drafted"]]:
         key = _drafting(links)
         if key not in self._tokens:
-            head = self._chain.target.head
+            head = self._chain.head
             self._tokens[key] = [
                 np.concatenate([np.asarray(_drafted(hidden, head)) for hidden in self.hidden(row, links)])
                 for row in range(len(self.batch.texts))

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from dflash_jax.core import InputError
+from dflash_jax.core import InputError, parse_mesh
 from dflash_jax.nn import MAX_POSITION, check_rope_precision
 
 DEFAULT_OFFSETS = (0, 4096, 65536, 131072, 1048576)
@@ -51,6 +51,9 @@ class ParityConfig:
     """Positions per block, at most the trained size; default: the trained size."""
     margin: float = 0.1
     """Accepted tokens per block by which two chains may differ and still count as equal."""
+    mesh: str = "data=1"
+    """Devices to split the target over, such as data=2,model=4 (axes: data, expert, model); default: one device. Every
+    device holds the whole drafter, embedding and head."""
     tokens_per_batch: int = 2048
     """Most tokens in one forward of the target, padding included (one text may be longer); bounds memory."""
     anchors_per_chunk: int = 32
@@ -68,6 +71,7 @@ class ParityConfig:
         self._check_numbers()
         check_rope_precision(self.rope)
         check_rope_precision(self.drafter_rope)
+        parse_mesh(self.mesh)
         if self.drafter_positions not in POSITIONS:
             raise InputError(f"--drafter-positions is {self.drafter_positions!r}: choose {', '.join(POSITIONS)}")
         if self.cache is not None and self.rope != "exact":

@@ -7,7 +7,7 @@ from typing import Any
 from dflash_jax import targets, text
 from dflash_jax.accept import SequenceResult, by_context_length, check_block_size, check_fit, summarise
 from dflash_jax.cache import Cache, open_cache
-from dflash_jax.core import InputError, Move, make_record, no_progress
+from dflash_jax.core import InputError, Move, make_record, no_progress, require_one_process
 from dflash_jax.drafter import DrafterConfig, drafter_fingerprint, load_drafter, read_drafter_config
 from dflash_jax.parity.cause import Cause, Exchange, engine_cause, exchange, probe_cause
 from dflash_jax.parity.chain import Chain, Outcome
@@ -206,16 +206,19 @@ def parity(config: ParityConfig, *, progress: Move = no_progress) -> dict[str, A
 
     Raises:
         InputError: bad target, drafter, prompts, responses or cache; a drafter that does not fit the target; a cache of
-            another width; an offset the cache has not; positions below 0 or beyond 2^31 - 1.
+            another width; an offset the cache has not; positions below 0 or beyond 2^31 - 1; a mesh that is not there,
+            or one of several processes.
     """
-    drafter_config = read_drafter_config(config.drafter)
-    check_fit(drafter_config, targets.read_target_config(config.target), where=config.drafter)
+    require_one_process("parity")
+    drafter_config, target_config = read_drafter_config(config.drafter), targets.read_target_config(config.target)
+    check_fit(drafter_config, target_config, where=config.drafter)
+    mesh = targets.open_mesh(target_config, config.mesh)
     block_size = check_block_size(config.block_size, drafter_config)
     training = read_training(config.drafter)
     cache, warnings = _open_engine_cache(config, drafter_config)
     engine = Engine(config=config, offsets=_offsets(config, cache))
     check_positions(engine, longest=0, block_size=block_size)
-    target = targets.load_target(config.target)
+    target = targets.load_target(config.target, mesh=mesh)
     texts = load_texts(config, target, cache=cache, offsets=engine.offsets, progress=progress)
     check_positions(engine, longest=max(len(one.token_ids) for one in texts), block_size=block_size)
     chain = Chain(
@@ -265,7 +268,7 @@ def _report(
         "block_size": this.chain.block_size,
         **{
             name: getattr(config, name)
-            for name in ("rope", "drafter_rope", "drafter_positions", "context_shift", "block_shift")
+            for name in ("mesh", "rope", "drafter_rope", "drafter_positions", "context_shift", "block_shift")
         },
         "cache": None if config.cache is None else str(config.cache),
         "drafter": str(config.drafter),
