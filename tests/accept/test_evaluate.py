@@ -86,7 +86,9 @@ CASES = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", list(CASES))
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name != "smallest blocks")) for name in CASES]
+)
 def test_every_anchor_is_what_it_is_alone(name, tmp_path):
     case = Case(tmp_path, **CASES[name])
     per_chunk = {"two layers": 16, "one layer with biases": 11, "smallest blocks": 64}[name]
@@ -115,6 +117,7 @@ def test_every_anchor_is_what_it_is_alone(name, tmp_path):
     assert seen >= set(range(min(case.block_size, 3)))
 
 
+@pytest.mark.slow
 def test_choice_packing_and_order_change_nothing(tmp_path):
     case = Case(tmp_path, **CASES["two layers"])
     every = {result.sequence_index: result for result in case.evaluate(anchors_per_chunk=16)}
@@ -133,6 +136,7 @@ def test_choice_packing_and_order_change_nothing(tmp_path):
         assert (result.on_chain is None) == (len(result.anchors) < len(every[result.sequence_index].anchors))
 
 
+@pytest.mark.slow
 def test_features_behind_an_anchor_are_never_read(tmp_path):
     """A text whose last features are unknown ends, for anchors, where they do; what stands there changes nothing."""
     case = Case(tmp_path, **CASES["two layers"])

@@ -109,6 +109,7 @@ def test_a_mesh_compares_the_same_blocks(sound, cache, drafter):
         assert found[key] == sound[key], key
 
 
+@pytest.mark.slow
 def test_both_sides_are_the_check_s_and_decode_s_own(sound, cache, drafter):
     """Blocks and taus found here from the rooms themselves."""
     target, model, opened = load_target(tiny.tiny_target()), load_drafter(drafter), open_cache(cache)
@@ -151,6 +152,7 @@ def test_another_revision_of_the_drafter_is_named(cache, drafter, revision):
         assert one["label"] in one["tokens"].values()
 
 
+@pytest.mark.slow
 def test_features_in_8_bits_are_named(folder, cache, revision):
     found = adds_up(run(other_cache(folder, cache, "int8", features="int8"), revision))
     assert found["features_dtype"] == "int8"
@@ -296,6 +298,7 @@ def test_some_texts_at_one_offset_in_smaller_blocks_by_a_copy_of_the_drafter(fol
     assert f"every block is equal ({found['num_blocks']} of {found['num_blocks']})" in shown
 
 
+@pytest.mark.slow
 def test_a_changed_label_is_named_and_the_command_exits_1(folder, cache, drafter, capsys):
     at = changed_labels(cache, folder / "labels", row=2, token=5)
     code, found, shown = command(

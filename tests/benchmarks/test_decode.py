@@ -34,6 +34,7 @@ def runs():
     return decode_work.Runs(target, tiny.half_memorised(), [batch], new_tokens=13, block_size=5, passes=2)
 
 
+@pytest.mark.slow
 def test_an_oracle_commits_as_many_as_it_is_right_and_the_text_stays(runs):
     plain = runs.plain()
     texts = decode_work.new_tokens_of(plain, runs.batches)
@@ -47,12 +48,14 @@ def test_an_oracle_commits_as_many_as_it_is_right_and_the_text_stays(runs):
         assert decode_work.tau_of(states) == pytest.approx(12 / len(blocks))
 
 
+@pytest.mark.slow
 def test_an_oracle_that_is_not_asked_leaves_the_drafter_alone(runs):
     own, told = runs.speculative(), runs.oracle(-1)
     np.testing.assert_array_equal(own[0].committed, told[0].committed)
     assert decode_work.new_tokens_of(own, runs.batches) == decode_work.new_tokens_of(runs.plain(), runs.batches)
 
 
+@pytest.mark.slow
 def test_passes_apart_are_passes(runs):
     head = runs.passes_of("t_head")
     assert head.shape == (2, 4, 24)
@@ -73,6 +76,7 @@ def test_weights_are_counted_once():
     assert 0.9 * size < decode_work.weight_bytes(target) < size
 
 
+@pytest.mark.slow
 def test_a_run_against_its_passes_by_hand(runs):
     states = runs.oracle(4)  # 3 passes for 12 tokens a row
     apart = {"t_plain": times(2.0, 2.0), "t_draft": times(1.0, 1.0), "t_verify": times(3.0, 3.0)}
@@ -162,6 +166,7 @@ def test_z_lab_s_blocks_are_ours(tmp_path, capsys):
     assert result["num_prompts_with_equal_tokens"] == result["num_prompts"] == 4
 
 
+@pytest.mark.slow
 def test_oracle_drafts_by_hand(runs):
     state = runs.begin(runs.batches[0], runs.drafter)
     text = jnp.arange(state.tokens.size, dtype=jnp.int32).reshape(state.tokens.shape) % 50

@@ -17,6 +17,7 @@ def run(capsys, target, drafter, out, **options):
     return code, json.loads(capsys.readouterr().out.splitlines()[-1])
 
 
+@pytest.mark.slow
 def test_every_way_gives_the_tokens_of_plain_decoding(tmp_path, capsys):
     (tmp_path / "drafter").mkdir()
     save_drafter(tiny.half_memorised(), tmp_path / "drafter")

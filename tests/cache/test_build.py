@@ -236,6 +236,7 @@ def test_what_is_kept_of_a_response_does_not_grow_with_its_tokens(tmp_path):
     ]
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_sequences(tmp_path):
     """Of a row that is longer by one, a build keeps what its plan and ledger need, and not its features."""
     peaks, counts, stored = [], (100, 700), 0.0

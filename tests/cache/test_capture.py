@@ -44,7 +44,7 @@ def test_a_mesh_gives_the_same_features_and_bfloat16_nearly_so(tmp_path):
     np.testing.assert_array_equal(half, half.astype("bfloat16").astype(np.float32))
 
 
-@pytest.mark.parametrize("mesh", ["data=1", "data=2"])
+@pytest.mark.parametrize("mesh", ["data=1", pytest.param("data=2", marks=pytest.mark.slow)])
 def test_layers_apart_give_what_the_whole_program_gives(mesh, tmp_path):
     folder = tiny.tiny_target()
     sizes = targets.read_target_config(folder)

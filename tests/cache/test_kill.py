@@ -25,6 +25,7 @@ def run(*arguments, **options):
     )
 
 
+@pytest.mark.slow
 def test_killed_25_times_gives_the_same_bytes(tmp_path):
     rows = toy_cache.toy_rows(90, responses=3)
     for name in ("whole", "killed"):
@@ -125,6 +126,7 @@ def environment():
     return {**os.environ, "PYTHONPATH": path}
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_bytes_of_one(tmp_path):
     rows = toy_cache.toy_rows(40)
     for name in ("one", "two"):

@@ -90,6 +90,7 @@ def test_a_seed_out_of_range_is_refused(toy):
             sequence_source(open_cache(toy / "cache"), seed=seed, shuffle=True)
 
 
+@pytest.mark.slow
 @given(
     seed=st.integers(0, 2**32 - 1), processes=st.integers(1, 7), step=st.integers(0, 40), batch_size=st.integers(1, 5)
 )

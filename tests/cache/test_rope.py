@@ -26,6 +26,7 @@ def built(folder, rope):
     return manifest["fingerprint"]["rope"], np.abs(far.features - near.features).max() / np.abs(near.features).max()
 
 
+@pytest.mark.slow
 def test_a_build_with_a_table_that_ends_says_so_and_drifts(tmp_path):
     told, drift = built(tmp_path, "table:4096")
     assert told == {"theta": 5000.0, "head_dim": 6, "precision": "table:4096"}

@@ -47,6 +47,7 @@ def test_sequences_and_batches_have_them_and_those_of_other_caches_none(tmp_path
     assert stack_sequences([plain.sequence(0)], width=200, max_new_tokens=None).top_logprobs is None
 
 
+@pytest.mark.slow
 def test_they_are_those_of_the_targets_softmax(tmp_path):
     target_folder = tiny.tiny_target()
     built = tiny_chain.make_cache(tmp_path / "chain", target_folder, tiny.TEXTS[:2], top_k=4)

@@ -101,6 +101,7 @@ def test_every_anchor_is_drafted_and_judged_as_by_a_plain_loop(results, cache, t
     assert seen == {0, 1, 2, 3, 4}
 
 
+@pytest.mark.slow
 def test_replay_is_what_decoding_does(results, target, target_folder, drafter_folder):
     tokenizer = load_tokenizer(target_folder)
     decoder = Decoder(target, stop_ids=tokenizer.stop_ids, max_new_tokens=BUDGET, batch_size=len(TEXTS))
@@ -212,6 +213,7 @@ def test_no_layer_of_the_target_is_loaded(monkeypatch, target_folder, cache_fold
     assert [target.layers for target in loaded] == [()]
 
 
+@pytest.mark.slow
 def test_drafters_and_caches_are_compared(tmp_path, target_folder, cache_folder, drafter_folder):
     """Two drafters on two caches of which one holds some of the other's texts: four checks, four comparisons."""
     rows = read_jsonl(cache_folder.parent / "responses.jsonl", what="responses")
@@ -414,6 +416,7 @@ def test_a_drafter_trained_on_another_target_is_named(tmp_path, target_folder, c
     refused(message, target_folder, cache_folder, folder)
 
 
+@pytest.mark.slow
 def test_responses_too_short_for_a_block(tmp_path, target_folder, cache_folder, drafter_folder):
     rows = read_jsonl(cache_folder.parent / "responses.jsonl", what="responses")
     short = [row | {"response_ids": row["response_ids"][:4]} for row in rows]

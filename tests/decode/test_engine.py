@@ -48,6 +48,7 @@ def test_tokens_and_accepted_lengths_are_z_lab_s(tmp_path, decoder, drafter, pro
     assert any(not row.stopped and 1 < row.committed[-1] < 5 for row in rows)
 
 
+@pytest.mark.slow
 def test_plain_tokens_are_transformers_and_fewer_prompts_than_rows_are_fine(decoder, prompts, hf_target):
     rows = decoder.decode(prompts[:2]).rows
     assert len(rows) == 2
@@ -57,6 +58,7 @@ def test_plain_tokens_are_transformers_and_fewer_prompts_than_rows_are_fine(deco
     assert (rows[0].stopped, rows[1].stopped) == (True, False)
 
 
+@pytest.mark.slow
 def test_the_context_s_end_is_a_limit_too(target, drafter, hf_target):
     decoder = Decoder(target, stop_ids=[], max_new_tokens=MAX_NEW, batch_size=3)
     draw = np.random.default_rng(2)
@@ -77,8 +79,14 @@ def test_prompts_at_offsets_of_their_own(decoder, drafter, prompts):
         decoder.decode(prompts[:2], position_offset=[0, 1, 2])
 
 
-@pytest.mark.parametrize("batch_size", [1, 3, 6])
-@pytest.mark.parametrize("sampling", [None, Sampling(temperature=0.9, top_p=0.95, seed=3)], ids=["greedy", "sampled"])
+@pytest.mark.parametrize(
+    "batch_size", [pytest.param(1, marks=pytest.mark.slow), 3, pytest.param(6, marks=pytest.mark.slow)]
+)
+@pytest.mark.parametrize(
+    "sampling",
+    [None, pytest.param(Sampling(temperature=0.9, top_p=0.95, seed=3), marks=pytest.mark.slow)],
+    ids=["greedy", "sampled"],
+)
 def test_a_queue_gives_every_prompt_the_tokens_that_it_has_alone(target, prompts, batch_size, sampling):
     """More prompts than rows; texts that end by a stop id, by the budget and at once."""
     decoder = Decoder(target, stop_ids=[tiny.STOP_ID], max_new_tokens=MAX_NEW, batch_size=batch_size)
@@ -119,7 +127,7 @@ def test_a_queue_does_not_wait_for_its_longest_text(target, prompts, monkeypatch
     assert sum(steps) < sum(max(batch) - 1 for batch in batches)
 
 
-@pytest.mark.parametrize("blocks_per_step", [1, 3])
+@pytest.mark.parametrize("blocks_per_step", [pytest.param(1, marks=pytest.mark.slow), 3])
 def test_a_stream_is_decoding_in_parts(decoder, drafter, prompts, blocks_per_step):
     chosen = [prompts[i] for i in (0, 2, 5)]
     whole = decoder.decode(chosen, drafter=drafter).rows

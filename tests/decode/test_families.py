@@ -20,7 +20,7 @@ def quick_compiles():
         yield
 
 
-@pytest.fixture(scope="module", params=["gpt_oss", "qwen3"])
+@pytest.fixture(scope="module", params=[pytest.param("gpt_oss", marks=pytest.mark.slow), "qwen3"])
 def target(request, tmp_path_factory):
     changes = {"gpt_oss": families.GPT_OSS, "qwen3": families.QWEN3}[request.param]
     return load_target(families.write_random_target(tmp_path_factory.mktemp("family") / "target", changes))
@@ -104,9 +104,8 @@ def test_blocks_are_the_same_on_a_mesh(tmp_path):
     assert found[0] == found[1] == found[2]
 
 
-@pytest.mark.parametrize(
-    "drafter_dtype", [jnp.bfloat16, pytest.param(jnp.float32, marks=pytest.mark.slow)], ids=["both", "target"]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("drafter_dtype", [jnp.bfloat16, jnp.float32], ids=["both", "target"])
 def test_bfloat16_weights(drafter, prompts, drafter_dtype):
     half = load_target(tiny.tiny_target(), dtype=jnp.bfloat16)
     drafter = jax.tree_util.tree_map(lambda leaf: leaf.astype(drafter_dtype), drafter)

@@ -100,6 +100,7 @@ def test_tokens_are_the_recomputed_greedy_ones(target, drafter, prompts, wanted)
             assert all(1 <= n <= BLOCK for n in committed)
 
 
+@pytest.mark.slow
 def test_plain_steps_give_them_too(target, prompts, wanted):
     state = begin(target, None, prompts)
     while not state.done.all():
@@ -109,6 +110,7 @@ def test_plain_steps_give_them_too(target, prompts, wanted):
         assert committed == [1] * (MAX_NEW - 1)
 
 
+@pytest.mark.slow
 def test_a_stop_id_ends_a_sequence_wherever_it_falls_in_a_block(target, drafter, prompts, wanted):
     inside, blocks = 0, run(target, drafter, prompts)
     for stop in sorted(set(wanted[2][:14])):  # a sequence of long blocks
@@ -152,6 +154,7 @@ def test_every_row_has_its_own_position_offset(target, drafter, prompts):
     assert run(target, drafter, prompts, offsets=offsets) == near
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("block_size", [3])
 def test_a_block_size_below_the_trained_one(target, drafter, prompts, wanted, block_size):
     rows = run(target, drafter, prompts, block_size=block_size)
@@ -159,6 +162,7 @@ def test_a_block_size_below_the_trained_one(target, drafter, prompts, wanted, bl
     assert {n for _, committed in rows for n in committed} == set(range(1, block_size + 1))
 
 
+@pytest.mark.slow
 def test_the_compiled_loop_is_a_python_loop_over_steps(target, drafter, prompts):
     state = begin(target, drafter, prompts, stop=tiny.STOP_ID)
     steps = 0
@@ -173,6 +177,7 @@ def test_the_compiled_loop_is_a_python_loop_over_steps(target, drafter, prompts)
     assert again.kv.lengths.tolist() == state.kv.lengths.tolist()
 
 
+@pytest.mark.slow
 def test_drafts_are_those_of_one_forward_over_the_stored_text(target, drafter, prompts):
     """What the check does on a cache is what decoding does: same features, same context, same block."""
 
@@ -252,6 +257,7 @@ def guessed(prompts, texts):
     return jnp.asarray(guesses)
 
 
+@pytest.mark.slow
 def test_an_oracle_a_liar_and_one_in_between_change_no_token(target, drafter, prompts, wanted):
     right = np.array(wanted)
     state = begin(target, drafter, prompts)
@@ -282,6 +288,7 @@ def test_a_sequence_whose_first_token_stops_is_done_before_any_block(target, dra
     assert run(target, drafter, prompts, stop=wanted[3][0])[3] == ([wanted[3][0]], [])
 
 
+@pytest.mark.slow
 def test_verify_does_not_look_at_garbage_past_the_text(target, drafter, prompts):
     """Rows of caches and text past `start` are free: whatever lies there, the next steps are the same."""
     state = step_jit(target, drafter, begin(target, drafter, prompts), block_size=BLOCK)

@@ -40,7 +40,11 @@ def decoder(target):
     return Decoder(target, stop_ids=[tiny.STOP_ID], max_new_tokens=MAX_NEW, batch_size=3)
 
 
-@pytest.mark.parametrize(("settings", "block_size"), [(SETTINGS[0], 5), (SETTINGS[1], 3)], ids=["all", "filtered"])
+@pytest.mark.parametrize(
+    ("settings", "block_size"),
+    [(SETTINGS[0], 5), pytest.param(SETTINGS[1], 3, marks=pytest.mark.slow)],
+    ids=["all", "filtered"],
+)
 def test_a_drafter_changes_no_sample(decoder, drafter, prompts, settings, block_size):
     plain, greedy, sizes = [], [], []
     for first in (0, 3, 6):
@@ -56,6 +60,7 @@ def test_a_drafter_changes_no_sample(decoder, drafter, prompts, settings, block_
     assert len({tuple(tokens) for tokens in plain}) == len(prompts)
 
 
+@pytest.mark.slow
 def test_a_row_s_samples_do_not_hang_on_its_batch(target, decoder, drafter, prompts):
     settings = SETTINGS[1]
     together = decoder.decode(prompts[:3], drafter=drafter, sampling=settings, streams=[11, 12, 13]).rows
@@ -84,6 +89,7 @@ def test_samples_are_the_same_on_a_mesh(decoder, prompts, mesh):
         assert over.decode(prompts[:3], sampling=settings, streams=[7, 8, 9]).rows == wanted
 
 
+@pytest.mark.slow
 def test_rows_have_settings_of_their_own(target, decoder, drafter, prompts):
     """A `Sampler` holds a row's own temperature; a row of k = 1 is a greedy one among sampled ones."""
     start = jax.jit(start_decoding, static_argnames=("capacity", "max_new_tokens"))
@@ -216,8 +222,12 @@ WORLD = [
 NAMES = ["cold", "warm", "hot", "filtered"]
 
 
-@pytest.mark.parametrize("speculative", [False, True], ids=["plain", "speculative"])
-@pytest.mark.parametrize("settings", WORLD, ids=NAMES)
+@pytest.mark.parametrize(
+    "speculative", [pytest.param(False, marks=pytest.mark.slow), True], ids=["plain", "speculative"]
+)
+@pytest.mark.parametrize(
+    "settings", [pytest.param(one, marks=[pytest.mark.slow] * (one is not WORLD[1])) for one in WORLD], ids=NAMES
+)
 def test_texts_have_exactly_the_target_s_distribution(small, sound, exact, settings, speculative):
     value, critical = statistic(sound, exact, settings, drafter=small[1] if speculative else None)
     assert value < critical
@@ -241,12 +251,13 @@ def one_stream_for_all(sampler, index):
     return token_keys(replace(sampler, stream=sampler.stream // ROWS), index)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("place", "broken"),
     [
         ("loop.accept_len", accept_all),
-        pytest.param("sampler.token_keys", one_key_for_all, marks=pytest.mark.slow),
-        pytest.param("sampler.token_keys", one_stream_for_all, marks=pytest.mark.slow),
+        ("sampler.token_keys", one_key_for_all),
+        ("sampler.token_keys", one_stream_for_all),
     ],
     ids=["accepts all", "one key for all indices", "one key for all rows"],
 )
@@ -259,6 +270,7 @@ def test_broken_samplers_are_found_out(small, exact, monkeypatch, place, broken)
     assert value > 3 * critical
 
 
+@pytest.mark.slow
 def test_a_temperature_that_is_a_little_off_is_found_out(small, sound, exact):
     settings = Sampling(temperature=1.07, seed=2)
     value, critical = statistic(sound, exact, settings, drafter=small[1], claimed=WORLD[1])

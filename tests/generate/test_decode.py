@@ -133,6 +133,7 @@ def test_paths_that_are_not_there(target, drafter, prompts, tmp_path):
         decode_prompts(config(target, drafter, "gone"))
 
 
+@pytest.mark.slow
 def test_sampling_reaches_the_tokens_and_both_ways_agree(compared, target, drafter, tmp_path):
     _, greedy, _ = compared
     prompts = str(tiny.write_prompts(tmp_path / "prompts.jsonl", tiny.TEXTS[:3]))
@@ -147,7 +148,7 @@ def test_sampling_reaches_the_tokens_and_both_ways_agree(compared, target, draft
     assert decode_prompts(config(target, drafter, alone, **sampled))["text"] == rows[0]["text"]
 
 
-@pytest.mark.parametrize("stream", [True, False])
+@pytest.mark.parametrize("stream", [pytest.param(True, marks=pytest.mark.slow), False])
 def test_pieces_of_texts_say_who_found_them(compared, target, drafter, tmp_path, stream):
     _, rows, _ = compared
     prompts = str(tiny.write_prompts(tmp_path / "prompts.jsonl", tiny.TEXTS[:3]))
@@ -171,6 +172,7 @@ def test_pieces_of_texts_say_who_found_them(compared, target, drafter, tmp_path,
     assert result["tokens_per_s"] > 0
 
 
+@pytest.mark.slow
 def test_text_streams_from_python(compared, target, drafter):
     _, rows, _ = compared
     tokenizer = load_tokenizer(target)
@@ -182,6 +184,7 @@ def test_text_streams_from_python(compared, target, drafter):
     assert "".join(pieces) == rows[1]["text"]
 
 
+@pytest.mark.slow
 def test_bfloat16_runs_and_is_said(target, drafter, tmp_path):
     prompts = str(tiny.write_prompts(tmp_path / "prompts.jsonl", tiny.TEXTS[:2]))
     result = decode_prompts(config(target, drafter, prompts, compare=True, dtype="bfloat16", max_new_tokens=9))
@@ -189,6 +192,7 @@ def test_bfloat16_runs_and_is_said(target, drafter, tmp_path):
     assert result["tokens_equal"] is (result["differences"] == [])
 
 
+@pytest.mark.slow
 def test_a_token_that_is_not_plain_decoding_s_is_listed_with_its_margin(target, drafter, tmp_path, monkeypatch):
     """A drafter that is always believed: what is lost is found, and rounding does not explain it."""
     prompts = str(tiny.write_prompts(tmp_path / "prompts.jsonl", tiny.TEXTS[:2]))

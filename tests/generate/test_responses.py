@@ -103,6 +103,7 @@ def test_a_killed_run_goes_on_where_it_stopped(whole, target, tmp_path):
     assert result["num_tokens"] == sum(len(row["response_ids"]) for row in again)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mesh", ["data=2", "model=2"])
 def test_a_mesh_gives_the_responses_of_one_device(whole, target, tmp_path, mesh):
     prompts, wanted, _ = whole
@@ -140,6 +141,7 @@ def test_a_partial_file_of_other_settings_is_refused(whole, target, tmp_path):
         generate_responses(settings)
 
 
+@pytest.mark.slow
 def test_sampled_responses_are_recorded_and_hang_on_seed_and_id_alone(whole, target, tmp_path):
     prompts, greedy, _ = whole
     sampled = {"temperature": 0.8, "top_p": 0.95, "sample_seed": 6}

@@ -150,6 +150,7 @@ def test_counts_and_one_copy_of_shared_turns(cache):
     assert verify_cache(out)["ok"]
 
 
+@pytest.mark.slow
 def test_rows_that_go_on_the_row_before_are_merged(tmp_path, target_folder):
     """A row per turn; transformers gives equal features for equal beginnings only where its products are the same."""
     rows = [(CONVERSATION[:9], [0] * 4 + [1] * 5), (CONVERSATION[:19], [0] * 16 + [1] * 3), (ids(7), [0] * 3 + [1] * 4)]

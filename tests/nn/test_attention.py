@@ -39,7 +39,13 @@ def test_causal_attention_is_the_plain_loop(heads, kv_heads, window, with_sinks)
 
 
 @pytest.mark.parametrize(
-    ("query", "capacity", "window"), [(257, 257, None), (512, 520, 3), (300, 700, 40), (300, 310, 290)]
+    ("query", "capacity", "window"),
+    [
+        pytest.param(257, 257, None, marks=pytest.mark.slow),
+        (512, 520, 3),
+        pytest.param(300, 700, 40, marks=pytest.mark.slow),
+        pytest.param(300, 310, 290, marks=pytest.mark.slow),
+    ],
 )
 def test_chunks_of_queries_are_the_plain_loop(query, capacity, window):
     assert query > attention.QUERIES_PER_CHUNK

@@ -117,7 +117,10 @@ def plain(q, context, context_lengths, block, block_lengths):
     return jnp.einsum("ahsc,hcd->ashd", far, far_v) + jnp.einsum("ahst,athd->ashd", near, near_v)
 
 
-@pytest.mark.parametrize("limit", [2**21, 3 * 4 * 6 * 5, 1])  # one chunk; three blocks of seven at once, then one
+# one chunk; three blocks of seven at once, then one
+@pytest.mark.parametrize(
+    "limit", [pytest.param(2**21, marks=pytest.mark.slow), 3 * 4 * 6 * 5, pytest.param(1, marks=pytest.mark.slow)]
+)
 def test_gradients_are_jaxs_of_the_dense_softmax_however_many_chunks(limit, monkeypatch):
     monkeypatch.setattr("dflash_jax.nn.blocks.SCORES_PER_CHUNK", limit)
     q, context, block = block_inputs(anchors=7)
@@ -190,8 +193,10 @@ def test_scores_and_masks_exist_for_a_chunk_of_blocks_alone():
     assert largest_array(jax.make_jaxpr(slope)(*arguments).jaxpr) <= 2**21
 
 
-@pytest.mark.parametrize("group", [64, 3, 1])
-@pytest.mark.parametrize("context", [20, 21])
+@pytest.mark.parametrize(
+    "group", [pytest.param(64, marks=pytest.mark.slow), 3, pytest.param(1, marks=pytest.mark.slow)]
+)
+@pytest.mark.parametrize("context", [pytest.param(20, marks=pytest.mark.slow), 21])
 def test_attention_by_the_library_is_ours_forward_and_backward(group, context, monkeypatch):
     """What an NVIDIA GPU runs, by the implementation that every device has; some blocks see nothing."""
     monkeypatch.setattr(blocks_module, "BLOCKS_PER_GROUP", group)

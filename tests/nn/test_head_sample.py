@@ -75,7 +75,7 @@ def test_every_token_is_there_once_on_average(num_named, count):
     assert ((counts > 0).sum(axis=1) == count).all()
 
 
-@pytest.mark.parametrize("count", [64, 2 * VOCAB_CHUNK + 5])
+@pytest.mark.parametrize("count", [64, pytest.param(2 * VOCAB_CHUNK + 5, marks=pytest.mark.slow)])
 def test_loss_and_slope_are_those_of_the_weighed_columns(count):
     vocab = 3 * VOCAB_CHUNK
     hidden, head, ids, shares = inputs(vocab)
@@ -106,6 +106,7 @@ def test_loss_and_slope_are_those_of_the_weighed_columns(count):
     assert result.tokens.tolist() == logits.argmax(axis=1).tolist()
 
 
+@pytest.mark.slow
 def test_a_sample_of_everything_is_the_softmax():
     hidden, head, ids, shares = map(jnp.asarray, inputs(120))
     whole, slope = online_pass(hidden, head, ids, shares)

@@ -37,11 +37,11 @@ def routing(num_rows, num_experts, top_k, *, seed=1, skew=0.0):
 
 
 CASES = [
-    (1, 3, 1, 0.0),  # one row: a single block
-    (50, 3, 2, 0.0),
+    pytest.param(1, 3, 1, 0.0, marks=pytest.mark.slow),  # one row: a single block
+    pytest.param(50, 3, 2, 0.0, marks=pytest.mark.slow),
     (50, 7, 3, 2.0),  # the last experts are wanted by none
-    (40, 40, 4, 0.0),  # more experts than pairs per block
-    (300, 2, 2, 0.0),  # more than the largest block
+    pytest.param(40, 40, 4, 0.0, marks=pytest.mark.slow),  # more experts than pairs per block
+    pytest.param(300, 2, 2, 0.0, marks=pytest.mark.slow),  # more than the largest block
 ]
 
 
@@ -69,6 +69,7 @@ def test_grouped_products_give_the_same(num_rows, num_experts, top_k, skew):
     assert blocks[:-3].any(axis=1).all()
 
 
+@pytest.mark.slow
 def test_experts_held_elsewhere_add_nothing_and_parts_make_the_whole():
     arrays, (x, chosen, shares) = matrices(6), routing(30, 6, 3)
     whole = np.asarray(jitted(make(arrays), *map(jnp.asarray, (x, chosen, shares))))
@@ -103,7 +104,7 @@ def test_the_plan_is_as_drawn():
     assert (plan.pairs[3:] == 5).all(), "blocks not in use name no pair"
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", [*(pytest.param(seed, marks=pytest.mark.slow) for seed in range(3)), 3])
 def test_every_pair_has_one_place_in_a_block_of_its_expert(seed):
     draw = np.random.default_rng(seed)
     num_experts, block = int(draw.integers(1, 9)), int(draw.integers(1, 7))
@@ -142,6 +143,7 @@ def executed_flops(num_experts, top_k, *, rows=256, hidden=64, mlp=48):
     return total / (6 * rows * hidden * mlp)
 
 
+@pytest.mark.slow
 def test_flops_grow_with_top_k_and_not_with_the_number_of_experts():
     # at best top_k; blocks that are not full cost the rest. Measured 6.6, 5.7, 5.8 and 1.8
     few, many, most = (executed_flops(num_experts, 4) for num_experts in (8, 32, 128))

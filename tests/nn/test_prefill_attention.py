@@ -18,7 +18,9 @@ def inputs(length, *, batch=2):
 
 
 # one span, spans that end with the text, a last span that is shorter, spans of 256
-@pytest.mark.parametrize("length", [7, 256, 300, 600])
+@pytest.mark.parametrize(
+    "length", [pytest.param(length, marks=[pytest.mark.slow] * (length != 300)) for length in (7, 256, 300, 600)]
+)
 @pytest.mark.parametrize("window", [None, 9])
 def test_spans_give_what_a_cache_gives(length, window):
     q, k, v, sinks = inputs(length)
@@ -43,6 +45,7 @@ def test_spans_leave_out_what_the_mask_would():
     assert spans < 0.7 * whole
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("window", [None, 4])
 @pytest.mark.parametrize("with_sinks", [False, True])
 def test_the_librarys_attention_with_our_sinks_is_ours(window, with_sinks):

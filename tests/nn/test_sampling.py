@@ -95,6 +95,7 @@ def test_noise_reaches_the_rarest_tokens():
     np.testing.assert_allclose(found, [[22.874, 21.775, 0.3665, -2.812]], atol=2e-3)
 
 
+@pytest.mark.slow
 def test_a_sample_hangs_on_its_key_and_its_logits_alone():
     draw = np.random.default_rng(0)
     hidden, head = draw.normal(0, 1, (ROWS, 6)).astype(np.float32), draw.normal(0, 1, (VOCAB, 6)).astype(np.float32)

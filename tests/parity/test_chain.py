@@ -18,6 +18,9 @@ from oracles import blocks
 from support import tiny
 from support.parity_world import FAR, NEW_TOKENS
 
+# its world takes long to make: the fast set has tests in one in test_injected.py
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def chain(world):

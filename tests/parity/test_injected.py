@@ -173,16 +173,8 @@ FAULTS = {
 }
 
 
-FAST = {
-    "bfloat16 angles of the target",
-    "float32 angles of the target",
-    "a table of the target that ends between offsets",
-    "a drafter whose block ignores the offset",
-    "a block one position too far",
-    "a cache of the layers above",
-    "a cache of another target",
-}
-"""One of each kind; the others are their neighbours."""
+FAST = {"a block one position too far"}
+"""The commonest; each of the others takes seconds too."""
 
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name not in FAST)) for name in FAULTS])
@@ -223,11 +215,11 @@ def test_two_faults_are_both_named(world):
     ("settings", "noted"),
     [
         ({}, False),
-        ({"mesh": "data=2"}, False),
-        ({"drafter_positions": "ignore-offset"}, True),
-        ({"context_shift": 1, "block_shift": 1}, True),
+        pytest.param({"mesh": "data=2"}, False, marks=pytest.mark.slow),
+        pytest.param({"drafter_positions": "ignore-offset"}, True, marks=pytest.mark.slow),
+        pytest.param({"context_shift": 1, "block_shift": 1}, True, marks=pytest.mark.slow),
         # float32 is good enough for a while
-        ({"rope": "float32", "drafter_rope": "float32"}, False),
+        pytest.param({"rope": "float32", "drafter_rope": "float32"}, False, marks=pytest.mark.slow),
     ],
 )
 def test_what_is_no_fault_holds(world, settings, noted):
@@ -241,6 +233,7 @@ def test_what_is_no_fault_holds(world, settings, noted):
         assert "an identity under RoPE and breaks nothing" in found["notes"][0]
 
 
+@pytest.mark.slow
 def test_a_cache_whose_offsets_are_one_off_is_no_fault(world):
     """Its features are those of the right offset: a shift of everything is an identity."""
     found = world.parity(cache=world.cache("one-off", position_offsets=(1, 4097, FAR + 1), features="bfloat16"))
@@ -250,6 +243,7 @@ def test_a_cache_whose_offsets_are_one_off_is_no_fault(world):
     assert 1e-4 < min(drift) <= max(drift) < 4e-3  # the rounding to bfloat16
 
 
+@pytest.mark.slow
 def test_a_drafter_that_only_knows_its_training_prompts(world):
     found = world.parity(prompts=str(world.both))
     assert (found["verdict"], found["cause_id"]) == ("holds", "memorisation")
@@ -259,6 +253,7 @@ def test_a_drafter_that_only_knows_its_training_prompts(world):
     assert found["seen"]["accept_len_mean"] > 4 * found["unseen"]["accept_len_mean"]
 
 
+@pytest.mark.slow
 def test_memorisation_shows_without_a_single_seen_prompt(world):
     found = world.parity(prompts=str(world.unseen))
     assert (found["verdict"], found["cause_id"], found["seen"]) == ("holds", "memorisation", None)
@@ -270,6 +265,7 @@ def test_memorisation_shows_without_a_single_seen_prompt(world):
     assert any("hardly anything to lose" in line for line in found["warnings"])
 
 
+@pytest.mark.slow
 def test_a_drafter_that_was_trained_on_other_layers_than_it_says(tmp_path, world):
     """By the commonest mistake: ids of layers' inputs, where outputs were meant."""
     drafter = tmp_path / "drafter"

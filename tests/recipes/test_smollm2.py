@@ -94,6 +94,7 @@ def test_budget_by_hand():
     assert muon - found["train"] == pytest.approx(4 * ((65 * 2 + 5 * captured) / 125 - 0.06))
 
 
+@pytest.mark.slow
 def test_prompts_of_a_mix():
     mix = "problems/plain=3,stdlib/complete=2"
     first, last = list(prompts_of(mix)), list(prompts_of(mix, from_the_end=True))

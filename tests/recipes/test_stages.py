@@ -7,7 +7,7 @@ from stages import StageError, Stages
 from support import tiny
 
 
-@pytest.mark.parametrize("in_process", [True, False])
+@pytest.mark.parametrize("in_process", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_a_stage_runs_once(tmp_path, in_process):
     target = tiny.write_tiny_target(tmp_path / "target")
     arguments = ("target", "info", "--target", target)
@@ -32,7 +32,7 @@ def test_a_record_of_another_command_is_refused(tmp_path):
         stages.run("info", "target", "info", "--target", target, "--mesh", "data=2")
 
 
-@pytest.mark.parametrize("in_process", [True, False])
+@pytest.mark.parametrize("in_process", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_a_stage_that_fails_leaves_no_record_and_says_where_to_look(tmp_path, in_process, capfd):
     stages = Stages(tmp_path / "out", in_process=in_process)
     with pytest.raises(StageError, match="stage info ended with exit code 2: see"):

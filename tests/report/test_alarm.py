@@ -106,7 +106,7 @@ def test_markdown_holds_one_quote_and_a_mark_at_each_record(build, tmp_path):
     ]
 
 
-@pytest.mark.parametrize("count", [1, 2, 5, 12])
+@pytest.mark.parametrize("count", [1, 2, *(pytest.param(count, marks=pytest.mark.slow) for count in (5, 12))])
 def test_a_page_holds_one_box_that_names_them_all(build, tmp_path, count):
     names = [f"run-{place:02}" for place in range(count)]
     paths = [build.write_json(tmp_path / f"{name}.json", _seen(build, drafter=f"x/{name}")) for name in names]

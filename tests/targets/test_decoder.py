@@ -13,7 +13,11 @@ from support.jaxprs import float32_precisions
 LAYERS = (0, 1, 2, 3)
 LENGTH = 23
 OFFSETS = [0, 4096, 65536, 131072, 2**20, 2**24, 2**30, 2**31 - 1 - LENGTH]
-NAMES = ("grouped", "tied", "sharded", "llama3", "qwen3", "gpt_oss")
+NAMES = (
+    "grouped",
+    *(pytest.param(name, marks=pytest.mark.slow) for name in ("tied", "sharded")),
+    *("llama3", "qwen3", "gpt_oss"),
+)
 
 jitted_prefill = eqx.filter_jit(prefill)
 jitted_extend = eqx.filter_jit(extend)
@@ -45,7 +49,7 @@ def rolled_back(kv, lengths):
     return KVCache(layers=kv.layers, lengths=jnp.array(lengths, jnp.int32), position_offset=kv.position_offset)
 
 
-@pytest.fixture(scope="module", params=["grouped", "gpt_oss"])
+@pytest.fixture(scope="module", params=["grouped", pytest.param("gpt_oss", marks=pytest.mark.slow)])
 def target(request, checkpoints):
     """The plainest family and the one that has everything."""
     return load_target(checkpoints[request.param].folder)
@@ -80,6 +84,7 @@ def test_every_layer_and_the_logits_are_transformers(checkpoints, name):
     assert next_ids(target, ours.hidden).tolist() == theirs.logits.argmax(-1).tolist()
 
 
+@pytest.mark.slow
 def test_gpt_oss_over_several_chunks_of_queries_is_transformers(checkpoints):
     # 300 tokens: two chunks of queries in attention, windows that lie in both, experts with more than one block
     tokens, model = tokens_of(7, 1, 300), checkpoints["gpt_oss"].model
@@ -210,6 +215,7 @@ def test_other_engines_angles_change_with_the_offset(checkpoints):
     assert min(drift["table:64"][1:]) > 0.1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["grouped", "gpt_oss"])
 def test_bfloat16_is_near_float32_and_stays_bfloat16(checkpoints, name):
     tokens = tokens_of(1, 2, LENGTH)

@@ -105,6 +105,7 @@ def assert_same(outputs, run, of):
             assert np.abs(got - want).max() < 1e-5 * np.abs(want).max(), name  # measured 6e-7
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "mesh"), [run for run in RUNS if run[1] != "data=1"])
 def test_a_mesh_gives_what_one_device_gives(runs, name, mesh):
     outputs, _ = runs
@@ -113,6 +114,7 @@ def test_a_mesh_gives_what_one_device_gives(runs, name, mesh):
     assert_same(outputs, f"{name}/{mesh}", f"{name}/data=1")
 
 
+@pytest.mark.slow
 def test_no_device_holds_a_full_copy_of_what_should_be_split(runs):
     shards = {mesh: runs[1][f"even/{mesh}"]["shards"] for name, mesh in RUNS if name == "even"}
     whole = {
@@ -133,6 +135,7 @@ def test_no_device_holds_a_full_copy_of_what_should_be_split(runs):
     }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_the_forward_gathers_nothing_but_a_few_numbers_per_row_of_the_head(runs):
     for mesh, model in (("data=8", None), ("data=2,model=4", 4), ("model=8", 8)):
         rows = 8 if mesh == "model=8" else 4
@@ -143,6 +146,7 @@ def test_the_forward_gathers_nothing_but_a_few_numbers_per_row_of_the_head(runs)
         assert runs[1][f"even/{mesh}"]["gathers"] == sorted(wanted)
 
 
+@pytest.mark.slow
 def test_what_does_not_divide_is_whole_on_every_device_and_told(runs, folders):
     shards = runs[1]["odd/data=2,model=4"]["shards"]
     for name in ("embed_tokens", "head", "q_proj", "k_proj", "o_proj", "up_proj", "down_proj", "norm"):
@@ -159,6 +163,7 @@ def test_what_does_not_divide_is_whole_on_every_device_and_told(runs, folders):
     assert whole_axes(read_target_config(folders["even"]), MeshShape(model=8)) == []
 
 
+@pytest.mark.slow
 def test_experts_lie_on_their_own_devices_and_rows_on_both_axes(runs):
     shards = runs[1]["experts/data=2,expert=2,model=2"]["shards"]
     assert (shards["gate_up_proj"], shards["down_proj"]) == ([[3, 24, 20]], [[3, 10, 24]])

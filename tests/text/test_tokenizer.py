@@ -55,6 +55,7 @@ def chat(*contents: str) -> Prompt:
     return Prompt(id="p", messages=messages, set="s")
 
 
+@pytest.mark.slow
 def test_humaneval_and_stdlib_encode_as_transformers_does(tokenizer: Tokenizer, reference, stdlib_prompts):
     for prompt in load_prompts("humaneval") + stdlib_prompts[:100]:
         messages = list(prompt.messages or ())
@@ -65,6 +66,7 @@ def test_humaneval_and_stdlib_encode_as_transformers_does(tokenizer: Tokenizer, 
         assert tokenizer.decode(ids, skip_special_tokens=False) == reference.decode(ids)
 
 
+@pytest.mark.slow
 def test_stdlib_prompts_are_short(tokenizer: Tokenizer, stdlib_prompts):
     # Chars are capped; tokens, the template's 30 included, follow.
     longest = sorted(stdlib_prompts, key=lambda prompt: len(str(prompt.messages)))[-200:]

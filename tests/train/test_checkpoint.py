@@ -90,6 +90,7 @@ def test_a_drafter_that_cannot_be_written_leaves_no_state(tmp_path, state):
     assert not list((folder.path / "state").glob("[0-9]"))
 
 
+@pytest.mark.slow
 def test_held_out_prompts_must_be_unseen_and_of_the_same_target(cache):
     opened = open_cache(cache)
     hashes = frozenset(opened.prompt_hashes().tolist())
@@ -106,6 +107,7 @@ def test_held_out_prompts_must_be_unseen_and_of_the_same_target(cache):
     assert 1 <= told["tau_micro"] <= 5
 
 
+@pytest.mark.slow
 def test_held_out_tau_and_its_interval_are_those_of_a_check(cache):
     target, drafter = load_target(tiny.tiny_target()), tiny.random_drafter(tiny.tiny_drafter_config())
     held_out = open_held_out(cache, fingerprint={}, seen=frozenset(), max_positions=160, where="the target here")

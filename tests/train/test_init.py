@@ -53,6 +53,7 @@ def test_a_drafter_for_gpt_oss_has_its_biases_and_its_rope_and_a_dense_mlp(tmp_p
     assert jax.tree_util.tree_structure(drafter) == jax.tree_util.tree_structure(random)
 
 
+@pytest.mark.slow
 def test_a_drafter_for_qwen3_takes_its_head_norms(tmp_path):
     target = random_target(tmp_path, QWEN3)
     _, drafter, random = warm(target)

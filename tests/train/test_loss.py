@@ -140,9 +140,10 @@ def in_float64(weights, some, **settings):
 
 
 OBJECTIVES = [
-    ("cross-entropy", "weights"), ("cross-entropy", "labels"), ("d-pace", "weights"), ("d-pace", "labels"),
-    ("kl", "weights"), ("kl", "labels"),
-]  # fmt: skip
+    pytest.param(kind, denominator, marks=[pytest.mark.slow] * ((kind, denominator) != ("cross-entropy", "weights")))
+    for kind in ("cross-entropy", "d-pace", "kl")
+    for denominator in ("weights", "labels")
+]
 
 
 def test_loss_and_statistics_are_those_of_a_plain_loop():
@@ -181,6 +182,7 @@ def test_every_loss_and_its_gradient_are_those_of_the_plain_loop(kind, denominat
     assert along == pytest.approx(slope, rel=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["cross-entropy", "d-pace", "kl"])
 def test_a_sample_of_the_whole_vocabulary_gives_the_loss_and_the_gradient(kind):
     whole = all_anchors(stack(rows(), width=WIDTH), objective=Objective(loss=kind, gamma=GAMMA))
@@ -201,6 +203,7 @@ def test_dpace_weights_by_hand():
     assert dpace_weights(jnp.zeros((1, 3)), jnp.ones((1, 3), bool), 1.0).tolist() == [[3.0, 2.0, 1.0]]
 
 
+@pytest.mark.slow
 def test_kl_is_zero_where_the_drafter_has_the_targets_distribution():
     """With every token stored, of a target whose logits are the drafter's own."""
     drafter, embed, head = model()
@@ -225,6 +228,7 @@ def test_kl_is_zero_where_the_drafter_has_the_targets_distribution():
     assert max(float(jnp.abs(leaf).max()) for leaf in jax.tree_util.tree_leaves(gradient)) < 1e-4
 
 
+@pytest.mark.slow
 def test_remat_gives_the_same_gradient():
     plain = all_anchors(stack(rows(), width=WIDTH), compute=Compute(dtype=jnp.dtype("float32")))
     again = all_anchors(stack(rows(), width=WIDTH), compute=Compute(dtype=jnp.dtype("float32"), remat=True))
@@ -233,6 +237,7 @@ def test_remat_gives_the_same_gradient():
         np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_bfloat16_has_float32_loss_and_gradients_near_the_exact_ones():
     exact, _, wanted = all_anchors(stack(rows(), width=WIDTH))
     loss, statistics, gradient = all_anchors(stack(rows(), width=WIDTH), compute=Compute(dtype=jnp.dtype("bfloat16")))

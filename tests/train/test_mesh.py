@@ -197,6 +197,7 @@ def test_a_split_head_says_what_a_whole_one_does():
     assert head_pass(None, 12) is online_pass
 
 
+@pytest.mark.slow
 def test_a_split_head_samples_each_part():
     given = some_rows()
     mesh, key = make_mesh(MeshShape(model=2)), jax.random.key(1)
@@ -218,6 +219,7 @@ def test_sequences_must_divide(mesh, batch):
     check_batch(parse_mesh("model=8"), batch)
 
 
+@pytest.mark.slow
 def test_a_bfloat16_target_starts_a_float32_drafter(even):
     target = load_target(even[0], dtype=jnp.bfloat16)
     shape = drafter_config(target, capture_layers=(1, 3), num_layers=2, block_size=5, mask_token_id=3)

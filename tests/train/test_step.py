@@ -150,11 +150,13 @@ def clipped_gradient(state):
     return [leaf / 0.1 for leaf in leaves(adam.mu)], [leaf / 0.001 for leaf in leaves(adam.nu)]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("two_steps")
 def test_the_target_survives_a_step_that_takes_its_states_buffers(target, warm):
     assert not any(leaf.is_deleted() for leaf in jax.tree_util.tree_leaves((target, warm)))
 
 
+@pytest.mark.slow
 def test_first_step_warms_up_and_clips(two_steps):
     before, after = two_steps.states[:2]
     assert (int(before.step), int(after.step)) == (0, 1)
@@ -168,6 +170,7 @@ def test_first_step_warms_up_and_clips(two_steps):
         np.testing.assert_allclose(square, leaf**2, rtol=1e-3, atol=1e-12)
 
 
+@pytest.mark.slow
 def test_second_step_moves_by_adam_and_decays_matrices_alone(two_steps):
     before, after, last = two_steps.states
     gradient, _ = clipped_gradient(after)
@@ -177,6 +180,7 @@ def test_second_step_moves_by_adam_and_decays_matrices_alone(two_steps):
         np.testing.assert_allclose(new, old - 3e-3 / 2 * move, rtol=1e-4, atol=2e-6)
 
 
+@pytest.mark.slow
 def test_statistics_are_of_the_weights_before_the_update(two_steps):
     first, second, third = (float(result.statistics.loss) for result in two_steps.results)
     assert second == pytest.approx(first, rel=1e-6)
