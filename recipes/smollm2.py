@@ -26,8 +26,8 @@ from typing import Any
 
 import tyro
 
-from dflash_jax.core import InputError, read_json, read_jsonl, write_json
-from dflash_jax.text import Prompt, load_prompts
+from dflash_jax.core import InputError, atomic_file, read_json, read_jsonl, write_json
+from dflash_jax.text import Prompt, load_prompts, load_tokenizer
 from stages import StageError, Stages
 
 prompts_in = functools.cache(load_prompts)  # the built-in sets take seconds to make
@@ -39,6 +39,7 @@ RESPONSE_TOKENS_PER_S = 115  # of text, in a batch of 64 that is refilled
 CACHE_TOKENS_PER_S = 350
 GFLOP_PER_S = 125
 PROMPT_TOKENS, HELD_OUT_PROMPT_TOKENS = 117, 191  # with the chat template
+COPIED_TOKENS = 149  # of a copied text: 93 of its prompt, 56 of the copy
 RESPONSE_SHARE = 0.8  # of the most tokens that a response may have: 0.82 of 128, 0.79 of 192
 HEAD_GFLOP, LAYER_GFLOP = 0.80, 0.21  # an anchor of 8 slots, forward and backward, over the whole vocabulary
 VOCAB = 49152
@@ -48,6 +49,14 @@ MUON_GFLOP_PER_LAYER, MUON_GFLOP_PER_CAPTURED = 65, 5  # a step; as slow as if, 
 EVALUATION_ANCHORS_PER_S = 200
 START_S = 15  # a command: imports, compiling
 EVALUATIONS = 4  # of a run, to choose its best
+
+
+COPY_WORDINGS = (
+    "Repeat the following text exactly:\n",
+    "Copy this:\n",
+    "Write this again, word for word:\n\n",
+    "Print the following once more.\n",
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -67,8 +76,11 @@ class Recipe:
     in_process: bool = False
     """Run the stages in this process: imports and compiling are paid once. Their output goes to OUT/logs."""
 
-    mix: str = "problems=800,stdlib/complete=860,stdlib/implement=140"
+    mix: str = "problems=800,stdlib/complete=800"
     """Training prompts: SET[/FORM][@CHARACTERS]=COUNT, the first so many of each that have so many characters."""
+    copied: str = "stdlib/complete=600,stdlib/implement=400"
+    """Texts to be copied, of prompts that --mix leaves: asked to repeat one, the response is that text. The target
+    reads it and generates nothing. "": none."""
     choosing: str = "problems=16,stdlib/complete=16"
     """Prompts that RUN/best is chosen by, the last so many of each."""
     max_new_tokens: int = 160
@@ -132,6 +144,7 @@ LEFT_OUT: dict[str, Callable[[Recipe], dict[str, Any]]] = {
     "warm-start": lambda _: {"init": "random"},
     "data-mix": lambda recipe: {"mix": ",".join(part for part in recipe.mix.split(",") if part.startswith("stdlib"))},
     "data-size": lambda recipe: {"mix": ",".join(f"{source}={count // 4}" for source, count in parts_of(recipe.mix))},
+    "copied-texts": lambda _: {"copied": ""},
     "loss": lambda _: {"loss": "cross-entropy"},
     "anchors": lambda recipe: {"anchors_per_sequence": max(1, recipe.anchors_per_sequence // 4)},
     "depth": lambda _: {"num_layers": 2},
@@ -147,8 +160,9 @@ LEFT_OUT: dict[str, Callable[[Recipe], dict[str, Any]]] = {
 
 def budget_s(recipe: Recipe) -> dict[str, float]:
     """Seconds that two idle cores take for a recipe, by stage, from the rates above; nothing is measured."""
-    prompts = sum(count for _, count in parts_of(recipe.mix))
-    choosing = sum(count for _, count in parts_of(recipe.choosing))
+    prompts, choosing, copied = (
+        sum(count for _, count in parts_of(mix)) for mix in (recipe.mix, recipe.choosing, recipe.copied)
+    )
     new, held_out_new = RESPONSE_SHARE * recipe.max_new_tokens, RESPONSE_SHARE * recipe.held_out_tokens
     captured = len(recipe.capture_layers.split(",")) if recipe.capture_layers else 4
     slots = (recipe.block_size - 1) / 7
@@ -164,7 +178,7 @@ def budget_s(recipe: Recipe) -> dict[str, float]:
         + ((prompts + choosing) * new + recipe.held_out * held_out_new) / RESPONSE_TOKENS_PER_S
         + ((prompts + choosing) * PROMPT_TOKENS + recipe.held_out * HELD_OUT_PROMPT_TOKENS) / CACHE_TOKENS_PER_S,
         "caches": 3 * START_S
-        + (prompts + choosing) * (PROMPT_TOKENS + new) / CACHE_TOKENS_PER_S
+        + ((prompts + choosing) * (PROMPT_TOKENS + new) + copied * COPIED_TOKENS) / CACHE_TOKENS_PER_S
         + recipe.held_out * (HELD_OUT_PROMPT_TOKENS + held_out_new) / CACHE_TOKENS_PER_S,
         "train": START_S + recipe.steps * step + evaluated,
         "check": START_S + recipe.held_out * held_out_new / EVALUATION_ANCHORS_PER_S,
@@ -209,10 +223,11 @@ def check_apart(recipe: Recipe) -> None:
     Raises:
         InputError: a prompt is among both.
     """
-    trained = {prompt.id for prompt in prompts_of(recipe.mix)}
-    both = sum(prompt.id in trained for prompt in prompts_of(recipe.choosing, from_the_end=True))
-    if both:
-        raise InputError(f"--choosing holds {both} prompts that --mix has too: ask for fewer")
+    chosen_by = {prompt.id for prompt in prompts_of(recipe.choosing, from_the_end=True)}
+    for name, prompts in (("--mix", prompts_of(recipe.mix)), ("--copied", copied_prompts(recipe.mix, recipe.copied))):
+        both = sum(prompt.id in chosen_by for prompt in prompts)
+        if both:
+            raise InputError(f"--choosing holds {both} prompts that {name} has too: ask for fewer")
 
 
 def keep_compiled(folder: Path) -> None:
@@ -272,7 +287,7 @@ def parts_of(mix: str) -> list[tuple[str, int]]:
         InputError: a mix that is none.
     """
     parts = []
-    for part in mix.split(","):
+    for part in mix.split(",") if mix else ():
         source, _, count = part.partition("=")
         if not count.isdigit():
             raise InputError(f"{part!r} in a mix of prompts: SET[/FORM][@CHARACTERS]=COUNT is needed")
@@ -308,15 +323,45 @@ def prompts_of(mix: str, *, from_the_end: bool = False) -> Iterator[Prompt]:
         yield from part
 
 
+def copied_prompts(mix: str, copied: str) -> list[Prompt]:
+    """The prompts whose texts are copied: none of the mix's."""
+    return list(prompts_of(f"{mix},{copied}"))[sum(count for _, count in parts_of(mix)) :] if copied else []
+
+
+def copied_rows(prompts: Sequence[Prompt], target: Path, *, max_new_tokens: int) -> list[dict[str, Any]]:
+    """Rows of a responses file in which a prompt's code, or what its function does, is asked for again and given."""
+    tokenizer, rows = load_tokenizer(target), []
+    for index, prompt in enumerate(prompts):
+        (message,) = prompt.messages or ()
+        _, _, text = message["content"].partition("```python\n")
+        text = text.rpartition("```")[0] or message["content"].partition("\n")[2]
+        body = f"```python\n{text.strip(chr(10))}\n```"
+        asked = Prompt(
+            id=f"copied/{prompt.id}",
+            messages=({"role": "user", "content": COPY_WORDINGS[index % len(COPY_WORDINGS)] + body},),
+            set="copied",
+        )
+        rows.append(
+            {
+                "id": asked.id,
+                "set": asked.set,
+                "prompt_ids": tokenizer.encode_prompt(asked),
+                "response_ids": tokenizer.encode(body)[:max_new_tokens],
+            }
+        )
+    return rows
+
+
 def characters_of(prompt: Prompt) -> int:
     """Characters of all its messages."""
     return sum(len(message["content"]) for message in prompt.messages or ())
 
 
 def write_lines(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    """Write JSON lines."""
+    """Write JSON lines, all or none: a file that is there is taken as made."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    with atomic_file(path) as temporary:
+        temporary.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
 
 
 def prompt_file(path: Path, mix: str, *, from_the_end: bool = False) -> Path:
@@ -358,20 +403,39 @@ def responses(recipe: Recipe, stages: Stages, target: Path, prompts: str | Path,
 
 
 def training_responses(base: Recipe, recipe: Recipe, stages: Stages, target: Path) -> tuple[str, Path]:
+    """A name and the texts of a run: what the target answers, and what it is shown copying."""
+    name, out = generated_responses(base, recipe, stages, target)
+    if not recipe.copied:
+        return name, out
+    name = f"{name}-copied-{_tag(recipe.copied)}"
+    both = recipe.out / f"responses-{name}.jsonl"
+    if not both.exists():
+        # the base's mix is what is left aside, so that runs with other mixes copy the same texts
+        copied = copied_rows(copied_prompts(base.mix, recipe.copied), target, max_new_tokens=recipe.max_new_tokens)
+        write_json(record_of(both), read_json(record_of(out), what="the responses' record") | {"copied": recipe.copied})
+        write_lines(both, [*read_jsonl(out, what="the responses"), *copied])
+    return name, both
+
+
+def record_of(path: Path) -> Path:
+    """The record beside a responses file."""
+    return path.with_name(path.name + ".record.json")
+
+
+def generated_responses(base: Recipe, recipe: Recipe, stages: Stages, target: Path) -> tuple[str, Path]:
     """A name and responses to a run's prompts: a part of the recipe's own where they are among them."""
     name = f"train-{_tag(recipe.mix)}-{recipe.max_new_tokens}"
     prompts = prompt_file(recipe.out / f"prompts-{_tag(recipe.mix)}.jsonl", recipe.mix)
     if recipe.mix == base.mix or recipe.max_new_tokens != base.max_new_tokens:
         return name, responses(recipe, stages, target, prompts, name)
-    _, whole = training_responses(base, base, stages, target)
+    _, whole = generated_responses(base, base, stages, target)
     ids = {row["id"] for row in read_jsonl(prompts, what="the prompts")}
     rows = [row for row in read_jsonl(whole, what="the responses") if row["id"] in ids]
     if len(rows) < len(ids):
         return name, responses(recipe, stages, target, prompts, name)
     out = recipe.out / f"responses-{name}.jsonl"
-    record = read_json(whole.with_name(whole.name + ".record.json"), what="the responses' record")
     if not out.exists():
-        write_json(out.with_name(out.name + ".record.json"), record)
+        write_json(record_of(out), read_json(record_of(whole), what="the responses' record"))
         write_lines(out, rows)
     return name, out
 

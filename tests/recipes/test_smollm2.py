@@ -13,6 +13,7 @@ from safetensors.numpy import load_file
 
 import smollm2
 from dflash_jax.core import InputError, read_jsonl, save_tensors
+from dflash_jax.text import load_tokenizer
 from smollm2 import LEFT_OUT, Recipe, budget_s, prompts_of, variants
 from support import tiny, tiny_chain
 
@@ -45,6 +46,7 @@ def small(out, target, **changes):
         "target": target,
         "in_process": True,
         "mix": "problems/plain=4,stdlib/complete=4",
+        "copied": "stdlib/complete=1,stdlib/implement=1",
         "choosing": "problems=2",
         "max_new_tokens": 12,
         "response_batch": 8,
@@ -82,7 +84,8 @@ def test_budget_by_hand():
     found = budget_s(recipe)
     # 10 prompts of 117 tokens, 3 held-out ones of 191; responses of 80 tokens on average, of at most 100
     assert found["responses"] == pytest.approx(3 * 15 + 13 * 80 / 115 + (10 * 117 + 3 * 191) / 350)
-    assert found["caches"] == pytest.approx(3 * 15 + (10 * 197 + 3 * 271) / 350)
+    # and 2 copied texts of 149 tokens, which only the cache has to read
+    assert found["caches"] == pytest.approx(3 * 15 + (10 * 197 + 2 * 149 + 3 * 271) / 350)
     # 4 steps of 2 sequences of 4.6 GFLOP and 5 anchors each of 0.8 + 2 x 0.21 + 0.07, an update of 0.06 s, and 4 times
     # 2 x 80 anchors evaluated
     assert found["train"] == pytest.approx(15 + 4 * (2 * (4.6 + 5 * 1.29) / 125 + 0.06) + 4 * 160 / 200)
@@ -121,7 +124,31 @@ def test_prompts_of_a_mix():
 def test_prompts_trained_on_are_not_chosen_by(tmp_path):
     with pytest.raises(InputError, match="--choosing holds 284 prompts that --mix has too"):
         smollm2.main(small(tmp_path, tmp_path, mix="problems/plain=284", choosing="problems/plain=284"))
+    with pytest.raises(InputError, match="--choosing holds 3 prompts that --copied has too"):
+        smollm2.main(small(tmp_path, tmp_path, copied="problems/plain=280", choosing="problems/plain=3"))
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_copied_texts_are_those_of_prompts_that_the_mix_leaves(target):
+    mix, copied = "stdlib/complete=3", "stdlib/complete=2,stdlib/implement=2"
+    prompts = smollm2.copied_prompts(mix, copied)
+    assert [prompt.id.rpartition("/")[2] for prompt in prompts] == ["complete", "complete", "implement", "implement"]
+    assert not {prompt.id for prompt in prompts} & {prompt.id for prompt in prompts_of(mix)}
+    assert smollm2.copied_prompts(mix, "") == []
+    rows = smollm2.copied_rows(prompts, target, max_new_tokens=160)
+    tokenizer = load_tokenizer(target)
+    for prompt, row in zip(prompts, rows, strict=True):
+        asked, copy = row["prompt_ids"], row["response_ids"]
+        assert (row["id"], row["set"]) == (f"copied/{prompt.id}", "copied")
+        # the copy is what was asked for, token for token
+        assert any(asked[start : start + len(copy)] == copy for start in range(len(asked)))
+        (message,) = prompt.messages
+        code = message["content"].partition("```python\n")[2].partition("\n```")[0]
+        text = code or message["content"].partition("\n\n")[2]
+        assert copy == tokenizer.encode(f"```python\n{text.strip(chr(10))}\n```")[:160]
+    (short, *_) = smollm2.copied_rows(prompts[:1], target, max_new_tokens=5)
+    assert short["response_ids"] == rows[0]["response_ids"][:5]
 
 
 def test_variants():
@@ -145,7 +172,7 @@ def test_variants():
         assert set(changes) == {"sequences_per_step", "steps"} if name == "small-steps" else len(changes) == 1
     large = replace(recipe, **found["without small-steps"])
     assert large.steps * large.sequences_per_step == recipe.steps * recipe.sequences_per_step
-    assert found["without data-mix"] == {"mix": "stdlib/complete=860,stdlib/implement=140"}
+    assert found["without data-mix"] == {"mix": "stdlib/complete=800"}
     for bad, line in (
         ({"without": ("salt",)}, "--without is 'salt': choose all or warm-start"),
         ({"vary": ("out=x",)}, "--vary is 'out=x': begin with one of mix"),
@@ -213,11 +240,20 @@ def test_runs_share_what_they_have_in_common(finished):
     assert sum(name.startswith("cache-") for name in commands) == 4
     theirs = commands["train-without-loss"].replace("run-without-loss", "run-full")
     assert commands["train-full"] == theirs.replace("--loss cross-entropy", "--loss kl")
-    (whole,) = recipe.out.glob("responses-train-problems-plain-4*.jsonl")
-    (quarter,) = recipe.out.glob("responses-train-problems-plain-1*.jsonl")
-    rows = read_jsonl(whole, what="the responses")
-    assert read_jsonl(quarter, what="the responses") == [rows[0], rows[4]]
-    assert [runs[name]["train"]["num_prompts"] for name in ("full", "without data-size", "without loss")] == [8, 2, 8]
+
+    def texts(count):
+        """The runs' texts, without and with those that are copied."""
+        found = recipe.out.glob(f"responses-train-problems-plain-{count}*.jsonl")
+        return [read_jsonl(path, what="the responses") for path in sorted(found, key=lambda path: len(path.name))]
+
+    (rows, whole), (quarter, small_whole) = texts(4), texts(1)
+    assert quarter == [rows[0], rows[4]]
+    # the same two texts are copied in every run, after what the target answers
+    copied = whole[8:]
+    assert [row["set"] for row in copied] == ["copied", "copied"]
+    assert (whole, small_whole) == ([*rows, *copied], [*quarter, *copied])
+    prompts = [runs[name]["train"]["num_prompts"] for name in ("full", "without data-size", "without loss")]
+    assert prompts == [10, 4, 10]
 
 
 @pytest.mark.slow
