@@ -38,6 +38,7 @@ from common import (
 )
 from decode_others import Generate, Zlab, load_hf_target, use_torch
 from decode_work import KINDS, Batch, Runs, new_tokens_of, passes_made, tau_of, weight_bytes
+from dflash_jax.accept import check_block_size
 from dflash_jax.drafter import Drafter, DrafterConfig, init_drafter, load_drafter
 from dflash_jax.targets import Target, load_target
 from dflash_jax.text import encode_prompts, load_tokenizer
@@ -77,6 +78,7 @@ def read_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--passes", type=int, default=16, help="of each kind in a row, where T_* are measured apart")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--block-size", type=int, help="positions per block; default: what the drafter was trained for")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="default: float32 on a CPU, else bfloat16")
     parser.add_argument("--threads", type=int, default=2, help="torch's threads")
     parser.add_argument("--ceiling-size", type=int, help="rows of the large product: 2048 on a CPU, else 8192")
@@ -323,7 +325,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options, about = read_arguments(arguments), machine()
     target, drafter = load_models(options)
     prompts, others = load_prompts(options, target), load_others(options)
-    block_size = drafter.config.block_size
+    block_size = check_block_size(options.block_size, drafter.config)
     width = -(-max(map(len, prompts)) // WIDTH) * WIDTH
     ceiling, ceiling_flops = matmul_work(size=options.ceiling_size, dtype=options.dtype)
     sizes: dict[int, Size] = {}
