@@ -9,6 +9,8 @@ from dflash_jax.decode import Decoder, guided_loop, start_decoding
 from dflash_jax.targets import load_target, open_mesh, prefill, put_whole, read_target_config
 from support import families, tiny, tiny_chain
 
+pytestmark = pytest.mark.slow
+
 NEW, BLOCK, BUCKET = 24, 4, 32
 LENGTHS = (1, 3, 17)
 OFFSETS = (0, 70000, 2**30)
@@ -20,7 +22,7 @@ def quick_compiles():
         yield
 
 
-@pytest.fixture(scope="module", params=[pytest.param("gpt_oss", marks=pytest.mark.slow), "qwen3"])
+@pytest.fixture(scope="module", params=["gpt_oss", "qwen3"])
 def target(request, tmp_path_factory):
     changes = {"gpt_oss": families.GPT_OSS, "qwen3": families.QWEN3}[request.param]
     return load_target(families.write_random_target(tmp_path_factory.mktemp("family") / "target", changes))
@@ -74,7 +76,6 @@ def test_families_decode_losslessly(target):
     assert set(np.unique(done.committed)) == {0, 1, 2, 3, 4}
 
 
-@pytest.mark.slow
 def test_blocks_are_the_same_on_a_mesh(tmp_path):
     """Heads and vocabulary split, then experts."""
     folder = families.write_random_target(
@@ -104,7 +105,6 @@ def test_blocks_are_the_same_on_a_mesh(tmp_path):
     assert found[0] == found[1] == found[2]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("drafter_dtype", [jnp.bfloat16, jnp.float32], ids=["both", "target"])
 def test_bfloat16_weights(drafter, prompts, drafter_dtype):
     half = load_target(tiny.tiny_target(), dtype=jnp.bfloat16)

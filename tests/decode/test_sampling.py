@@ -222,12 +222,9 @@ WORLD = [
 NAMES = ["cold", "warm", "hot", "filtered"]
 
 
-@pytest.mark.parametrize(
-    "speculative", [pytest.param(False, marks=pytest.mark.slow), True], ids=["plain", "speculative"]
-)
-@pytest.mark.parametrize(
-    "settings", [pytest.param(one, marks=[pytest.mark.slow] * (one is not WORLD[1])) for one in WORLD], ids=NAMES
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("speculative", [False, True], ids=["plain", "speculative"])
+@pytest.mark.parametrize("settings", WORLD, ids=NAMES)
 def test_texts_have_exactly_the_target_s_distribution(small, sound, exact, settings, speculative):
     value, critical = statistic(sound, exact, settings, drafter=small[1] if speculative else None)
     assert value < critical

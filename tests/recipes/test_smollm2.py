@@ -121,6 +121,7 @@ def test_prompts_of_a_mix():
         list(prompts_of("problems@long=3"))
 
 
+@pytest.mark.slow
 def test_prompts_trained_on_are_not_chosen_by(tmp_path):
     with pytest.raises(InputError, match="--choosing holds 284 prompts that --mix has too"):
         smollm2.main(small(tmp_path, tmp_path, mix="problems/plain=284", choosing="problems/plain=284"))
