@@ -43,6 +43,7 @@ def test_a_hit_is_the_argmax(rows, rivals):
     assert rows == 1 or 0.1 < np.concatenate(wanted).mean() < 0.9
 
 
+@pytest.mark.slow
 def test_blocks_of_rows_change_nothing(monkeypatch):
     hidden, labels, asked, head = some_case(3, rows=50)
     whole = label_hits(hidden, labels, asked, head=head, rivals=head[:2])

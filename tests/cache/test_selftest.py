@@ -133,6 +133,7 @@ def test_mask_token_in_a_text_stops_the_build_before_anything_is_written(folder,
     assert not (tmp_path / "cache").exists()
 
 
+@pytest.mark.slow
 def test_conversations_are_seen_to_use_the_template(folder, tmp_path):
     tokenizer = load_tokenizer(folder / "target")
     rendered = tokenizer.encode("<s>user\nab</s>\n<s>assistant\n")

@@ -71,6 +71,7 @@ def test_the_context_s_end_is_a_limit_too(target, drafter, hf_target):
         assert not row.stopped
 
 
+@pytest.mark.slow
 def test_prompts_at_offsets_of_their_own(decoder, drafter, prompts):
     near = decoder.decode(prompts[:2], drafter=drafter).rows
     assert decoder.decode(prompts[:2], drafter=drafter, position_offset=[2**30, 4096]).rows == near
@@ -79,14 +80,9 @@ def test_prompts_at_offsets_of_their_own(decoder, drafter, prompts):
         decoder.decode(prompts[:2], position_offset=[0, 1, 2])
 
 
-@pytest.mark.parametrize(
-    "batch_size", [pytest.param(1, marks=pytest.mark.slow), 3, pytest.param(6, marks=pytest.mark.slow)]
-)
-@pytest.mark.parametrize(
-    "sampling",
-    [None, pytest.param(Sampling(temperature=0.9, top_p=0.95, seed=3), marks=pytest.mark.slow)],
-    ids=["greedy", "sampled"],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("batch_size", [1, 3, 6])
+@pytest.mark.parametrize("sampling", [None, Sampling(temperature=0.9, top_p=0.95, seed=3)], ids=["greedy", "sampled"])
 def test_a_queue_gives_every_prompt_the_tokens_that_it_has_alone(target, prompts, batch_size, sampling):
     """More prompts than rows; texts that end by a stop id, by the budget and at once."""
     decoder = Decoder(target, stop_ids=[tiny.STOP_ID], max_new_tokens=MAX_NEW, batch_size=batch_size)
@@ -102,6 +98,7 @@ def test_a_queue_gives_every_prompt_the_tokens_that_it_has_alone(target, prompts
     assert {row.stopped for row in found.values()} == {True, False}
 
 
+@pytest.mark.slow
 def test_a_queue_does_not_wait_for_its_longest_text(target, prompts, monkeypatch):
     """Three rows, one of which is long: the others go on with further prompts beside it."""
     decoder = Decoder(target, stop_ids=[tiny.STOP_ID], max_new_tokens=MAX_NEW, batch_size=3)

@@ -11,6 +11,8 @@ import pytest
 from dflash_jax.decode import Decoded, Decoder, Sampling, explain_flip
 from support import tiny, tiny_chain
 
+pytestmark = pytest.mark.slow
+
 NEW, BLOCK = 20, 5
 SHAPE: dict[str, Any] = {"rows": 1, "prompt_bucket": 64, "max_new_tokens": 20, "block_size": 5}
 
@@ -55,7 +57,6 @@ def test_a_wrong_token_is_not_explained(target, outcomes, index):
     assert flip.difference_here < 1e-4
 
 
-@pytest.mark.slow
 def test_a_text_of_one_token_can_differ_too(target, outcomes):
     prompt, plain, _ = outcomes
     one = Decoded(tokens=plain.tokens[:1], committed=[], accepted=[], stopped=False)
@@ -91,7 +92,6 @@ def test_a_tie_is_explained(target, outcomes):
     assert flip.explained
 
 
-@pytest.mark.slow
 def test_samples_are_compared_by_what_decided_them(target, prompts):
     settings = Sampling(temperature=0.8, top_k=5, seed=1)
     decoder = Decoder(target, stop_ids=[], max_new_tokens=NEW, batch_size=1)

@@ -61,7 +61,7 @@ def existing(out, lengths=LENGTHS):
     return [block[:length] for block, length in zip(out, lengths, strict=True)]
 
 
-@pytest.mark.parametrize("attention_bias", [False, True])
+@pytest.mark.parametrize("attention_bias", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_every_block_is_that_of_float64_loops(tmp_path, attention_bias):
     drafter = tiny.random_drafter(tiny.tiny_drafter_config(attention_bias=attention_bias))
     save_drafter(drafter, tmp_path)
@@ -82,6 +82,7 @@ def test_every_block_is_that_of_float64_loops(tmp_path, attention_bias):
         np.testing.assert_allclose(block[:length], wanted, atol=2e-5)
 
 
+@pytest.mark.slow
 def test_one_anchor_at_a_time_gives_the_same():
     drafter, values = tiny.random_drafter(tiny.tiny_drafter_config()), inputs()
     together = existing(run(drafter, values))

@@ -8,6 +8,8 @@ from dflash_jax.drafter import draft_blocks, save_drafter
 from dflash_jax.nn import Llama3Scaling, YarnScaling
 from support import tiny, zlab
 
+pytestmark = pytest.mark.slow
+
 YARN = YarnScaling(factor=8.0, original_max_position_embeddings=32, beta_fast=4.0, truncate=False)
 LLAMA3 = Llama3Scaling(factor=4.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=32)
 

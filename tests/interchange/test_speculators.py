@@ -194,6 +194,7 @@ def test_fp8_as_hs_connectors_reads_it(source, target_folder, tmp_path):
     np.testing.assert_array_equal(np.ascontiguousarray(found).view(np.uint16), bits(wanted[:, :-1].flatten(1)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "last"), [("plain", "computed"), ("last", "stored")])
 def test_speculators_reads_our_export(built, target_folder, tmp_path, name, last):
     folder, rows = built

@@ -164,6 +164,7 @@ def test_a_batch_is_its_sequences_one_by_one():
         np.testing.assert_allclose(out[row], alone, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_bfloat16_products_have_float32_sums_and_bfloat16_gradients():
     q, context, block = jax.tree.map(lambda part: part.astype(jnp.bfloat16), block_inputs(context=400))
     lengths, weights = ([400, 3, 90], [4, 2, 3]), normal(9, *q.shape)
@@ -193,10 +194,9 @@ def test_scores_and_masks_exist_for_a_chunk_of_blocks_alone():
     assert largest_array(jax.make_jaxpr(slope)(*arguments).jaxpr) <= 2**21
 
 
-@pytest.mark.parametrize(
-    "group", [pytest.param(64, marks=pytest.mark.slow), 3, pytest.param(1, marks=pytest.mark.slow)]
-)
-@pytest.mark.parametrize("context", [pytest.param(20, marks=pytest.mark.slow), 21])
+@pytest.mark.slow
+@pytest.mark.parametrize("group", [64, 3, 1])
+@pytest.mark.parametrize("context", [20, 21])
 def test_attention_by_the_library_is_ours_forward_and_backward(group, context, monkeypatch):
     """What an NVIDIA GPU runs, by the implementation that every device has; some blocks see nothing."""
     monkeypatch.setattr(blocks_module, "BLOCKS_PER_GROUP", group)

@@ -33,7 +33,12 @@ def test_greedy_tokens_are_numpys_argmax(rows):
 
 
 @pytest.mark.parametrize(
-    "best", [[VOCAB_CHUNK - 1, VOCAB_CHUNK], [5, 2 * VOCAB_CHUNK], [2 * VOCAB_CHUNK, VOCABS[0] - 1]]
+    "best",
+    [
+        [VOCAB_CHUNK - 1, VOCAB_CHUNK],
+        pytest.param([5, 2 * VOCAB_CHUNK], marks=pytest.mark.slow),
+        pytest.param([2 * VOCAB_CHUNK, VOCABS[0] - 1], marks=pytest.mark.slow),
+    ],
 )
 def test_the_lowest_of_tied_tokens_wins_across_chunks(best):
     head = -np.ones((VOCABS[0], 2), np.float32)

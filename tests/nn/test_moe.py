@@ -81,6 +81,7 @@ def test_experts_held_elsewhere_add_nothing_and_parts_make_the_whole():
     assert not np.asarray(jitted(make(arrays), jnp.asarray(x), jnp.asarray(chosen + 6), jnp.asarray(shares))).any()
 
 
+@pytest.mark.slow
 def test_a_row_does_not_know_its_neighbours():
     arrays, (x, chosen, shares) = matrices(5), routing(40, 5, 2)
     whole = np.asarray(jitted(make(arrays), *map(jnp.asarray, (x, chosen, shares))))

@@ -18,7 +18,7 @@ from oracles import blocks
 from support import tiny
 from support.parity_world import FAR, NEW_TOKENS
 
-# its world takes long to make: the fast set has tests in one in test_injected.py
+# the world of these tests takes long to make
 pytestmark = pytest.mark.slow
 
 

@@ -10,6 +10,9 @@ from dflash_jax.cli.commands import COMMANDS
 from dflash_jax.core import read_json, write_json
 from support.parity_world import FAR, UNSEEN
 
+# the world of these tests takes long to make, and each of them seconds
+pytestmark = pytest.mark.slow
+
 (HOLDS,) = (command.holds for command in COMMANDS if command.name == "parity")
 
 
@@ -173,11 +176,7 @@ FAULTS = {
 }
 
 
-FAST = {"a block one position too far"}
-"""The commonest; each of the others takes seconds too."""
-
-
-@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name not in FAST)) for name in FAULTS])
+@pytest.mark.parametrize("name", FAULTS)
 def test_a_fault_is_found_and_told_from_the_others(world, name):
     fault = FAULTS[name]
     settings = dict(fault.settings)
@@ -203,7 +202,6 @@ def test_a_fault_is_found_and_told_from_the_others(world, name):
     assert json.loads(json.dumps(found, allow_nan=False)) == found
 
 
-@pytest.mark.slow
 def test_two_faults_are_both_named(world):
     found = world.parity(rope="table:8192", block_shift=1)
     assert found["cause_id"] in ("table_end", "offset_off_by_one")
@@ -215,11 +213,11 @@ def test_two_faults_are_both_named(world):
     ("settings", "noted"),
     [
         ({}, False),
-        pytest.param({"mesh": "data=2"}, False, marks=pytest.mark.slow),
-        pytest.param({"drafter_positions": "ignore-offset"}, True, marks=pytest.mark.slow),
-        pytest.param({"context_shift": 1, "block_shift": 1}, True, marks=pytest.mark.slow),
+        ({"mesh": "data=2"}, False),
+        ({"drafter_positions": "ignore-offset"}, True),
+        ({"context_shift": 1, "block_shift": 1}, True),
         # float32 is good enough for a while
-        pytest.param({"rope": "float32", "drafter_rope": "float32"}, False, marks=pytest.mark.slow),
+        ({"rope": "float32", "drafter_rope": "float32"}, False),
     ],
 )
 def test_what_is_no_fault_holds(world, settings, noted):
@@ -233,7 +231,6 @@ def test_what_is_no_fault_holds(world, settings, noted):
         assert "an identity under RoPE and breaks nothing" in found["notes"][0]
 
 
-@pytest.mark.slow
 def test_a_cache_whose_offsets_are_one_off_is_no_fault(world):
     """Its features are those of the right offset: a shift of everything is an identity."""
     found = world.parity(cache=world.cache("one-off", position_offsets=(1, 4097, FAR + 1), features="bfloat16"))
@@ -243,7 +240,6 @@ def test_a_cache_whose_offsets_are_one_off_is_no_fault(world):
     assert 1e-4 < min(drift) <= max(drift) < 4e-3  # the rounding to bfloat16
 
 
-@pytest.mark.slow
 def test_a_drafter_that_only_knows_its_training_prompts(world):
     found = world.parity(prompts=str(world.both))
     assert (found["verdict"], found["cause_id"]) == ("holds", "memorisation")
@@ -253,7 +249,6 @@ def test_a_drafter_that_only_knows_its_training_prompts(world):
     assert found["seen"]["accept_len_mean"] > 4 * found["unseen"]["accept_len_mean"]
 
 
-@pytest.mark.slow
 def test_memorisation_shows_without_a_single_seen_prompt(world):
     found = world.parity(prompts=str(world.unseen))
     assert (found["verdict"], found["cause_id"], found["seen"]) == ("holds", "memorisation", None)
@@ -265,7 +260,6 @@ def test_memorisation_shows_without_a_single_seen_prompt(world):
     assert any("hardly anything to lose" in line for line in found["warnings"])
 
 
-@pytest.mark.slow
 def test_a_drafter_that_was_trained_on_other_layers_than_it_says(tmp_path, world):
     """By the commonest mistake: ids of layers' inputs, where outputs were meant."""
     drafter = tmp_path / "drafter"

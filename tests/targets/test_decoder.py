@@ -15,8 +15,8 @@ LENGTH = 23
 OFFSETS = [0, 4096, 65536, 131072, 2**20, 2**24, 2**30, 2**31 - 1 - LENGTH]
 NAMES = (
     "grouped",
-    *(pytest.param(name, marks=pytest.mark.slow) for name in ("tied", "sharded")),
-    *("llama3", "qwen3", "gpt_oss"),
+    *(pytest.param(name, marks=pytest.mark.slow) for name in ("tied", "sharded", "llama3", "qwen3")),
+    "gpt_oss",
 )
 
 jitted_prefill = eqx.filter_jit(prefill)
@@ -100,7 +100,9 @@ def test_gpt_oss_over_several_chunks_of_queries_is_transformers(checkpoints):
         assert relative(features, layers[layer]) < 3e-5, layer
 
 
-@pytest.mark.parametrize("name", ["grouped", "llama3", "qwen3", "gpt_oss"])
+@pytest.mark.parametrize(
+    "name", ["grouped", *(pytest.param(name, marks=pytest.mark.slow) for name in ("llama3", "qwen3")), "gpt_oss"]
+)
 def test_keys_are_turned_by_their_absolute_positions(checkpoints, name):
     # Nothing else shows a uniform offset: attention, and so the features, must not change with it.
     tokens, target = tokens_of(2, 2, LENGTH), load_target(checkpoints[name].folder)

@@ -39,6 +39,7 @@ def warm(target):
     return shape, *(new_drafter(shape, target, init=init, key=jax.random.key(0)) for init in ("target", "random"))
 
 
+@pytest.mark.slow
 def test_a_drafter_for_gpt_oss_has_its_biases_and_its_rope_and_a_dense_mlp(tmp_path):
     target = random_target(tmp_path, GPT_OSS)
     shape, drafter, random = warm(target)

@@ -258,6 +258,7 @@ def test_an_alpha_that_is_no_share_is_named():
         Objective(alpha=1.5)
 
 
+@pytest.mark.slow
 def test_padding_changes_nothing():
     loss, statistics, _ = all_anchors(stack(rows(), width=WIDTH))
     wide, more = run(loss_alone, stack(rows(), width=64, fill=3.0))
@@ -294,6 +295,7 @@ def test_only_what_a_block_may_see_counts():
         assert changed(name, index) != loss, (name, index)
 
 
+@pytest.mark.slow
 def test_fewer_anchors_are_drawn_anew_with_every_key():
     sequences = stack(rows(), width=WIDTH)
     few = [run(loss_alone, sequences, anchors=2, seed=seed) for seed in range(4)]
