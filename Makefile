@@ -9,10 +9,9 @@
 PYTHON ?= python3
 DEMO_OUT ?= demo
 ARGS ?=
-# Whole files go to a worker, so that what a file's tests share is made once. A smaller fast set took 30 s so, 41 s in one
-# process, 49 s with two workers that take single tests; today's took 229 s on 2 cores that other jobs used too (a plain loop
-# took 2.6 times as long as on quiet ones: 90 s there, then). Files go out in the order of tests/conftest.py, the longest
-# first; xdist's own order, by the number of tests, would begin them last.
+# Whole files go to a worker, so that what a file's tests share is made once. The fast set took 229 s on 2 cores that other
+# jobs used too, which count as 70 to 110 s of quiet ones. Files go out in the order of tests/conftest.py, the longest first;
+# xdist's own order, by the number of tests, would begin them last.
 PYTEST = $(DEV)/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 RUN := .venv

@@ -332,9 +332,10 @@ def copied_rows(prompts: Sequence[Prompt], target: Path, *, max_new_tokens: int)
     """Rows of a responses file in which a prompt's code, or what its function does, is asked for again and given."""
     tokenizer, rows = load_tokenizer(target), []
     for index, prompt in enumerate(prompts):
-        (message,) = prompt.messages or ()
-        _, _, text = message["content"].partition("```python\n")
-        text = text.rpartition("```")[0] or message["content"].partition("\n")[2]
+        assert prompt.messages is not None  # built-in prompts are one question each
+        question = prompt.messages[0]["content"]
+        code = question.partition("```python\n")[2].rpartition("```")[0]
+        text = code or question.partition("\n")[2]
         body = f"```python\n{text.strip(chr(10))}\n```"
         asked = Prompt(
             id=f"copied/{prompt.id}",

@@ -144,9 +144,10 @@ def test_copied_texts_are_those_of_prompts_that_the_mix_leaves(target):
         assert (row["id"], row["set"]) == (f"copied/{prompt.id}", "copied")
         # the copy is what was asked for, token for token
         assert any(asked[start : start + len(copy)] == copy for start in range(len(asked)))
-        (message,) = prompt.messages
-        code = message["content"].partition("```python\n")[2].partition("\n```")[0]
-        text = code or message["content"].partition("\n\n")[2]
+        assert prompt.messages is not None
+        question = prompt.messages[0]["content"]
+        code = question.partition("```python\n")[2].partition("\n```")[0]
+        text = code or question.partition("\n\n")[2]
         assert copy == tokenizer.encode(f"```python\n{text.strip(chr(10))}\n```")[:160]
     (short, *_) = smollm2.copied_rows(prompts[:1], target, max_new_tokens=5)
     assert short["response_ids"] == rows[0]["response_ids"][:5]
