@@ -13,6 +13,7 @@ import atexit
 import os
 import shutil
 import tempfile
+from collections import Counter
 from pathlib import Path
 
 # in the environment, before jax reads it: workers and commands inherit it
@@ -43,17 +44,15 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The longest files first: a worker that begins one last leaves the other idle for minutes.
 
-    Files with a test on the real target take longest, then those with tests that are marked slow.
+    Files with a test on the real target take longest, then those with the most tests that are marked slow.
     """
-
-    def rank(item: pytest.Item) -> int:
-        real = "smollm2" in getattr(item, "fixturenames", ())
-        return 0 if real else 1 if item.get_closest_marker("slow") else 2
-
-    first: dict[Path, int] = {}
+    real: set[Path] = set()
+    slow: Counter[Path] = Counter()
     for item in items:
-        first[item.path] = min(first.get(item.path, 2), rank(item))
-    items.sort(key=lambda item: first[item.path])
+        slow[item.path] += item.get_closest_marker("slow") is not None
+        if "smollm2" in getattr(item, "fixturenames", ()):
+            real.add(item.path)
+    items.sort(key=lambda item: (item.path not in real, -slow[item.path]))
 
 
 @pytest.fixture(scope="session")
