@@ -20,7 +20,7 @@ class DemoConfig:
     """Held-out prompts decoded both ways."""
     max_new_tokens: int = 96
     """Most tokens of a response."""
-    steps: int = 280
+    steps: int = 720
     """Training steps."""
     seed: int = 0
     """Seed of everything random."""
