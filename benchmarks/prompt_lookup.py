@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Int32
 
-from common import machine, rounded, write_result
+from common import machine, write_result
 from dflash_jax.accept import (
     SequenceResult,
     check_block_size,
@@ -31,10 +31,10 @@ from dflash_jax.accept import (
     summarise,
     walk_chain,
 )
-from dflash_jax.cache import open_cache
+from dflash_jax.cache import check_fingerprint, open_cache
 from dflash_jax.core import InputError, no_progress
 from dflash_jax.drafter import load_drafter
-from dflash_jax.targets import load_target
+from dflash_jax.targets import fingerprint, load_target
 
 Numbers = dict[str, Any]
 
@@ -109,10 +109,9 @@ def _numbers(results: list[SequenceResult], options: argparse.Namespace) -> Numb
 
 def by_lookup(drafter: list[SequenceResult], lookup: list[SequenceResult]) -> list[Numbers]:
     """The drafter where the lookup has no token right, some of a block, or all of it; anchors of whole blocks only."""
-    whole = [result.whole for result in drafter]
-    own = np.concatenate([result.accepted[is_whole] for result, is_whole in zip(drafter, whole, strict=True)])
-    correct = np.concatenate([result.correct[is_whole] for result, is_whole in zip(drafter, whole, strict=True)])
-    theirs = np.concatenate([result.accepted[is_whole] for result, is_whole in zip(lookup, whole, strict=True)])
+    drafter, lookup = ([result.at(result.whole) for result in side] for side in (drafter, lookup))
+    own, theirs = (np.concatenate([result.accepted for result in side]) for side in (drafter, lookup))
+    correct = np.concatenate([result.correct for result in drafter])
     size = correct.shape[1]
 
     def row(name: str, chosen: Bool[np.ndarray, " anchor"]) -> Numbers:
@@ -142,6 +141,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         open_cache(options.cache),
     )
     check_fit(drafter.config, target.config, where=options.drafter)
+    layers = {"capture_layers": list(drafter.config.capture_layers)}
+    check_fingerprint(cache.manifest, fingerprint(options.target) | layers, what="the target and the drafter")
     results = evaluate_cache(
         drafter,
         target.embed_tokens,
@@ -189,7 +190,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stdout.write(
             f"lookup right: {row['lookup_right']:>9}  {row['share']:6.1%} of anchors  drafter's accept_len {accept}\n"
         )
-    write_result(rounded(found))
+    write_result(found)
     return 0
 
 

@@ -160,9 +160,7 @@ LEFT_OUT: dict[str, Callable[[Recipe], dict[str, Any]]] = {
 
 def budget_s(recipe: Recipe) -> dict[str, float]:
     """Seconds that two idle cores take for a recipe, by stage, from the rates above; nothing is measured."""
-    prompts, choosing, copied = (
-        sum(count for _, count in parts_of(mix)) for mix in (recipe.mix, recipe.choosing, recipe.copied)
-    )
+    prompts, choosing, copied = map(num_prompts, (recipe.mix, recipe.choosing, recipe.copied))
     new, held_out_new = RESPONSE_SHARE * recipe.max_new_tokens, RESPONSE_SHARE * recipe.held_out_tokens
     captured = len(recipe.capture_layers.split(",")) if recipe.capture_layers else 4
     slots = (recipe.block_size - 1) / 7
@@ -287,12 +285,21 @@ def parts_of(mix: str) -> list[tuple[str, int]]:
         InputError: a mix that is none.
     """
     parts = []
-    for part in mix.split(",") if mix else ():
+    for part in mix.split(","):
         source, _, count = part.partition("=")
         if not count.isdigit():
             raise InputError(f"{part!r} in a mix of prompts: SET[/FORM][@CHARACTERS]=COUNT is needed")
         parts.append((source, int(count)))
     return parts
+
+
+def num_prompts(mix: str) -> int:
+    """How many prompts a mix asks for; none where it is empty, as `--copied` may be.
+
+    Raises:
+        InputError: a mix that is none.
+    """
+    return sum(count for _, count in parts_of(mix)) if mix else 0
 
 
 def prompts_of(mix: str, *, from_the_end: bool = False) -> Iterator[Prompt]:
@@ -325,7 +332,7 @@ def prompts_of(mix: str, *, from_the_end: bool = False) -> Iterator[Prompt]:
 
 def copied_prompts(mix: str, copied: str) -> list[Prompt]:
     """The prompts whose texts are copied: none of the mix's."""
-    return list(prompts_of(f"{mix},{copied}"))[sum(count for _, count in parts_of(mix)) :] if copied else []
+    return list(prompts_of(f"{mix},{copied}"))[num_prompts(mix) :] if copied else []
 
 
 def copied_rows(prompts: Sequence[Prompt], target: Path, *, max_new_tokens: int) -> list[dict[str, Any]]:

@@ -115,8 +115,9 @@ def test_prompts_of_a_mix():
     assert all(prompt.id.endswith("/plain") for prompt in long[5:])
     both = [prompt.id for prompt in prompts_of("problems@300=5,problems=300")]
     assert len(set(both)) == 305
-    with pytest.raises(InputError, match=r"SET\[/FORM\]\[@CHARACTERS\]=COUNT is needed"):
-        list(prompts_of("stdlib"))
+    for bad in ("stdlib", ""):
+        with pytest.raises(InputError, match=r"SET\[/FORM\]\[@CHARACTERS\]=COUNT is needed"):
+            list(prompts_of(bad))
     with pytest.raises(InputError, match=r"'problems@long' in a mix of prompts: 'long' is no number of characters"):
         list(prompts_of("problems@long=3"))
 

@@ -20,8 +20,8 @@ from dflash_jax.train import TrainConfig, train
 
 POSITION_OFFSETS = (0, 4096, 65536, 131072)
 # What two cores can train in four minutes. Blocks of 4 and not 8: so young a drafter is hardly ever accepted beyond
-# slot 3. Many small steps on the target's distribution, the softmax from a sample of the vocabulary: twice as many
-# anchors a second as with all of it. docs/log.md has the runs behind these.
+# slot 3. Many small steps on the target's distribution; the head, most of the work, meets a sample of the vocabulary.
+# docs/log.md has the runs behind these.
 BLOCK_SIZE = 4
 NUM_LAYERS = 3
 SEQUENCES_PER_STEP = 4
