@@ -78,7 +78,7 @@ def read_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--passes", type=int, default=16, help="of each kind in a row, where T_* are measured apart")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--block-size", type=int, help="positions per block; default: what the drafter was trained for")
+    parser.add_argument("--block-size", type=int, help="positions per block; default, and z-lab's loop: as trained")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="default: float32 on a CPU, else bfloat16")
     parser.add_argument("--threads", type=int, default=2, help="torch's threads")
     parser.add_argument("--ceiling-size", type=int, help="rows of the large product: 2048 on a CPU, else 8192")

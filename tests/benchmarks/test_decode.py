@@ -100,15 +100,18 @@ def test_random_shapes_run_and_are_drawn(tmp_path, capsys, monkeypatch):
     drafter = {"num_layers": 1, "num_target_layers": 2, "capture_layers": (0,)}
     monkeypatch.setitem(benchmark.DRAFTERS, "gpt-oss-tiny", benchmark.DRAFTERS["gpt-oss-tiny"] | drafter)
     shape = ["--shapes", "gpt-oss-tiny", "--batch-sizes", "2", "--prompt-tokens", "20", "--new-tokens", "9"]
-    benchmark.main([*shape, "--rounds", "2", "--passes", "2", "--accept", "1", "7", "--ceiling-size", "64"])
+    benchmark.main(
+        [*shape, "--rounds", "2", "--passes", "2", "--accept", "1", "3", "--block-size", "4", "--ceiling-size", "64"]
+    )
     line = capsys.readouterr().out.splitlines()[-1]
     result = json.loads(line)
+    assert result["block_size"] == 4  # of the 8 it was trained for
     assert list(result["by_batch_size"]) == ["2"]
     for size, entry in result["by_batch_size"].items():
         assert entry["num_prompts"] == int(size)
-        assert [one["accept"] for one in entry["oracle"]] == [1, 7]
+        assert [one["accept"] for one in entry["oracle"]] == [1, 3]
         for one in [*entry["oracle"], entry["dflash"]]:
-            assert 1 <= one["tau_micro"] <= 8
+            assert 1 <= one["tau_micro"] <= 4
             assert one["speedup"]["rounds"] == 2
             assert one["share_of_predicted"] > 0
     (tmp_path / "decode.json").write_text(f"a line for people\n{line}\n")
