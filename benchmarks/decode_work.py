@@ -134,12 +134,12 @@ def verify_passes(
 
 @partial(jax.jit, static_argnames=("passes",))
 def head_passes(
-    target: Target, hidden: Float[Array, "batch drafted hidden"], *, passes: int
+    head: Float[Array, "draft_vocab hidden"], hidden: Float[Array, "batch drafted hidden"], *, passes: int
 ) -> Float[Array, "batch drafted hidden"]:
-    """Find the greedy tokens of drafted slots, the head alone: a part of a draft, and nearly one of a verify."""
+    """Find the best rows of the head for drafted slots, the head alone: a part of a draft."""
 
     def one(_: Array, rows: Float[Array, "batch drafted hidden"]) -> Float[Array, "batch drafted hidden"]:
-        return rows.at[..., 0].add(greedy_tokens(rows, target.head).astype(rows.dtype))
+        return rows.at[..., 0].add(greedy_tokens(rows, head).astype(rows.dtype))
 
     return lax.fori_loop(0, passes, one, hidden)
 
@@ -227,9 +227,8 @@ class Runs:
         """`passes` passes of one of `KINDS` on the first batch, after its prompts."""
         state = self._prompts_done
         if kind == "t_head":
-            return head_passes(
-                self.target, self.target.embed_tokens[state.tokens[:, 1 : self.block_size]], passes=self.passes
-            )
+            head = self.target.head if state.draft_head is None else state.draft_head
+            return head_passes(head, self.target.embed_tokens[state.tokens[:, 1 : self.block_size]], passes=self.passes)
         if kind == "t_plain":
             return plain_passes(self.target, state, passes=self.passes)
         run = draft_passes if kind == "t_draft" else verify_passes

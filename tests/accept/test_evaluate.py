@@ -8,7 +8,7 @@ import pytest
 
 from dflash_jax.accept import AnchorChoice, evaluate_cache
 from dflash_jax.core import load_tensors, no_progress, read_json
-from dflash_jax.drafter import save_drafter
+from dflash_jax.drafter import save_drafter, with_draft_vocabulary
 from oracles import acceptance, blocks
 from support import tiny
 from support.memory_cache import MemoryCache, random_sequence
@@ -41,10 +41,13 @@ def some_texts(draw):
 class Case:
     """A random drafter with a small vocabulary, so that it is often right by chance, and texts for it."""
 
-    def __init__(self, folder, *, seed, block_size, max_new_tokens, max_positions, **sizes):
+    def __init__(self, folder, *, seed, block_size, max_new_tokens, max_positions, draft_ids=None, **sizes):
         draw = np.random.default_rng(seed)
         config = tiny.tiny_drafter_config(block_size=block_size, vocab_size=VOCAB, mask_token_id=3, **sizes)
-        self.drafter = tiny.random_drafter(config, seed=seed)
+        self.draft_ids = draft_ids
+        self.drafter = with_draft_vocabulary(
+            tiny.random_drafter(config, seed=seed), None if draft_ids is None else np.array(draft_ids)
+        )
         save_drafter(self.drafter, folder)
         self.weights = {
             name: weight.astype(np.float64)
@@ -69,7 +72,7 @@ class Case:
             self.weights, self.config, embed=self.embed.astype(np.float64), head=self.head.astype(np.float64),
             token_ids=text.token_ids.tolist(), next_ids=text.next_ids.tolist(),
             features=text.features.astype(np.float64), anchor=anchor, limit=min(budget, self.max_positions),
-            block_size=self.block_size, position_offset=text.position_offset,
+            block_size=self.block_size, position_offset=text.position_offset, draft_ids=self.draft_ids,
         )  # fmt: skip
 
 
@@ -83,15 +86,22 @@ CASES = {
     "smallest blocks": {
         "seed": 13, "block_size": 2, "max_new_tokens": 7, "max_positions": 24, "num_layers": 1, "num_heads": 3,
     },
+    "a draft vocabulary": {
+        "seed": 14, "block_size": 3, "max_new_tokens": 20, "max_positions": 69, "num_layers": 1, "draft_ids": (0, 2, 4),
+    },
 }  # fmt: skip
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name != "smallest blocks")) for name in CASES]
+    "name",
+    [
+        pytest.param(name, marks=[pytest.mark.slow] * (name not in ("smallest blocks", "a draft vocabulary")))
+        for name in CASES
+    ],
 )
 def test_every_anchor_is_what_it_is_alone(name, tmp_path):
     case = Case(tmp_path, **CASES[name])
-    per_chunk = {"two layers": 16, "one layer with biases": 11, "smallest blocks": 64}[name]
+    per_chunk = {"two layers": 16, "one layer with biases": 11}.get(name, 64)
     results = {result.sequence_index: result for result in case.evaluate(anchors_per_chunk=per_chunk)}
     checked, near_ties, seen = 0, 0, set()
     assert 6 not in results  # one response token: no anchor
@@ -114,6 +124,12 @@ def test_every_anchor_is_what_it_is_alone(name, tmp_path):
     assert sum(result.num_departures for result in results.values()) == 10
     assert checked > 60
     assert near_ties <= 1
+    if case.draft_ids is not None:
+        drafted = [text.next_ids[results[index].anchors] for index, text in enumerate(case.texts[:6])]
+        first = np.concatenate([results[index].correct[:, 0] for index in range(6)])
+        outside = ~np.isin(np.concatenate(drafted), case.draft_ids)
+        assert outside.sum() > 20  # labels that cannot be drafted
+        assert not first[outside].any()
     assert seen >= set(range(min(case.block_size, 3)))
 
 

@@ -17,7 +17,7 @@ from dflash_jax.cache import CacheBuildConfig, build, open_cache
 from dflash_jax.cli import main
 from dflash_jax.core import InputError, no_progress, read_json, sha256_file, write_json
 from dflash_jax.decode import Decoder
-from dflash_jax.drafter import load_drafter, save_drafter
+from dflash_jax.drafter import load_drafter, save_drafter, with_draft_vocabulary
 from dflash_jax.targets import load_target
 from dflash_jax.text import load_tokenizer
 from support import tiny, tiny_chain
@@ -99,6 +99,22 @@ def test_every_block_is_equal_at_every_offset(sound):
     assert (sound["num_prompts"], sound["num_texts"]) == (len(TEXTS), len(OFFSETS) * len(TEXTS))
     assert sound["replay"] == sound["decode"]
     assert sound["warnings"] == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", ["data=1", "data=2"])
+def test_with_a_draft_vocabulary_too(sound, cache, drafter, tmp_path, mesh):
+    """Replay and decoding leave out the same tokens, and accept less for it."""
+    labels = open_cache(cache).sequence(2).next_ids
+    ids = np.setdiff1d(np.arange(len(tiny.TOKENS)), labels[-3:])
+    save_drafter(with_draft_vocabulary(load_drafter(drafter), ids), tmp_path)
+    found = adds_up(run(cache, tmp_path, mesh=mesh))
+    assert (found["num_equal"], found["differences"]) == (found["num_blocks"], [])
+    assert sound["num_blocks"] < found["num_blocks"]
+    # decoding with the whole vocabulary is another drafter's, and is told apart
+    served = adds_up(run(cache, tmp_path, served_drafter=drafter))
+    assert served["num_equal"] < served["num_blocks"]
+    assert served["causes"].keys() == {"drafter"}
 
 
 @pytest.mark.slow

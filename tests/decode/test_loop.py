@@ -18,7 +18,7 @@ from dflash_jax.decode import (
     start_decoding,
     verify,
 )
-from dflash_jax.drafter import draft_blocks
+from dflash_jax.drafter import draft_blocks, with_draft_vocabulary
 from dflash_jax.nn import greedy_tokens
 from dflash_jax.targets import prefill
 from support import tiny
@@ -98,6 +98,24 @@ def test_tokens_are_the_recomputed_greedy_ones(target, drafter, prompts, wanted)
             assert tokens == greedy
             assert sum(committed) == len(tokens) - 1
             assert all(1 <= n <= BLOCK for n in committed)
+
+
+def test_a_draft_vocabulary_is_all_that_is_drafted_and_text_stays_the_target_s(target, drafter, prompts, wanted):
+    """Its head's rows are taken once; a token outside ends a run of accepted ones, and comes from the target."""
+    ids = np.setdiff1d(np.arange(len(tiny.TOKENS)), wanted[2][3::4])
+    reduced = with_draft_vocabulary(drafter, ids)
+    state, drafted = begin(target, reduced, prompts), []
+    assert state.draft_head.tolist() == np.asarray(target.head)[ids].tolist()
+    while not state.done.all():
+        drafted.append(np.asarray(draft_jit(target, reduced, state, block_size=BLOCK)))
+        state = step_jit(target, reduced, state, block_size=BLOCK)
+    assert np.isin(drafted, ids).all()
+    rows = run(target, reduced, prompts)
+    assert outcome(state, prompts) == rows
+    assert [tokens for tokens, _ in rows] == wanted
+    whole = run(target, drafter, prompts)
+    assert len(rows[2][1]) > len(whole[2][1])  # what is left out there was drafted right before
+    assert max(n for _, committed in rows for n in committed) > 2
 
 
 @pytest.mark.slow

@@ -10,19 +10,20 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from dflash_jax.cache import open_cache
 from dflash_jax.cli import main
 from dflash_jax.core import InputError, load_tensors, read_json, save_tensors, write_json
 from dflash_jax.drafter import draft_blocks, drafter_shapes, load_drafter, read_drafter_config, save_drafter
 from dflash_jax.interchange import DrafterExportConfig, DrafterImportConfig, drafters, export_drafter, import_drafter
 from dflash_jax.nn.rope_scaling import Llama3Scaling, YarnScaling
 from dflash_jax.targets import load_target
-from support import tiny
+from support import tiny, tiny_chain
 
 WORKER = Path(__file__).parents[1] / "support" / "speculators_drafter.py"
 YARN = YarnScaling(factor=4.0, original_max_position_embeddings=32, truncate=False)
 LLAMA3 = Llama3Scaling(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=64)
 # rotary scaling, and whether attention has biases
-VARIANTS = {"plain": (None, False), "llama3": (LLAMA3, False), "yarn": (YARN, True)}
+VARIANTS = {"plain": (None, False), "llama3": (LLAMA3, False), "yarn": (YARN, True), "reduced": (None, False)}
 
 
 @pytest.fixture
@@ -96,12 +97,98 @@ def test_the_prompts_a_drafter_was_trained_on_go_along_both_ways(run, tmp_path, 
 
 
 @pytest.fixture(scope="module")
-def theirs(tmp_path_factory, target_folder):
+def cache(tmp_path_factory, target_folder):
+    return tiny_chain.make_cache(tmp_path_factory.mktemp("labels") / "chain", target_folder, tiny.TEXTS[:4])
+
+
+def most_frequent_labels(cache, count):
+    """By a plain loop over what was generated."""
+    opened, labels = open_cache(cache), []
+    for index in range(opened.num_sequences):
+        sequence = opened.sequence(index)
+        labels += sequence.next_ids[sequence.prompt_len :].tolist()
+    counted = sorted(range(len(tiny.TOKENS)), key=lambda token: (-labels.count(token), token))[:count]
+    return sorted(counted), sum(labels.count(token) for token in counted) / len(labels)
+
+
+def test_a_draft_vocabulary_is_the_cache_s_most_frequent_labels(run, tmp_path, cache):
+    result = export(run, tmp_path / "out", draft_vocab=9, cache=cache, dtype="float32")
+    ids, share = most_frequent_labels(cache, 9)
+    assert (result["draft_vocab_size"], result["label_share"]) == (9, pytest.approx(share))
+    assert 0.2 < share < 1
+    # the network is as it was, and no engine is told to serve what z-lab's layout cannot say
+    before, after = load_drafter(run), load_drafter(tmp_path / "out")
+    assert after.draft_ids.tolist() == ids
+    assert jnp.array_equal(before.fc.weight, after.fc.weight)
+    assert result["num_parameters"] == export(run, tmp_path / "whole")["num_parameters"]
+    assert (result["vllm"], result["sglang"]) == (None, None)
+    assert "z-lab's layout has no draft vocabulary" in result["warnings"][0]
+    with pytest.raises(InputError, match="has a draft vocabulary of 9 tokens already"):
+        export(tmp_path / "out", tmp_path / "again", draft_vocab=5, cache=cache)
+    # one that is there goes along
+    assert export(tmp_path / "out", tmp_path / "copy")["draft_vocab_size"] == 9
+
+
+@pytest.mark.parametrize(("size", "said"), [(53, "fewer than all 53"), (900, "fewer than all 53")])
+def test_a_draft_vocabulary_of_all_tokens_is_refused(run, tmp_path, cache, size, said):
+    with pytest.raises(InputError, match=said):
+        export(run, tmp_path / "out", draft_vocab=size, cache=cache)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_cache_of_other_layers_counts_nothing(tmp_path, cache):
+    other = write_drafter(tmp_path / "run", capture_layers=(0, 2))
+    with pytest.raises(InputError, match="capture_layers"):
+        export(other, tmp_path / "out", draft_vocab=9, cache=cache)
+
+
+@pytest.fixture
+def reduced(run, tmp_path, target_folder, cache):
+    return exported(run, tmp_path / "reduced", target_folder, draft_vocab=9, cache=cache)
+
+
+def test_speculators_layout_says_it_as_speculators_does_and_is_read_back(reduced, run, tmp_path, target_folder, cache):
+    ids, _ = most_frequent_labels(cache, 9)
+    tensors = load_tensors(reduced / "model.safetensors", what="w")
+    assert np.flatnonzero(tensors["t2d"]).tolist() == ids
+    assert (tensors["d2t"] + np.arange(9)).tolist() == ids
+    np.testing.assert_array_equal(tensors["lm_head.weight"], np.asarray(load_target(target_folder).head)[ids])
+    config = read_json(reduced / "config.json", what="c")
+    assert (config["draft_vocab_size"], config["transformer_layer_config"]["vocab_size"]) == (9, len(tiny.TOKENS))
+    assert "draft_vocab_size" not in config["transformer_layer_config"]
+    result = import_drafter(DrafterImportConfig(drafter=reduced, out=tmp_path / "back", target=target_folder))
+    assert (result["draft_vocab_size"], result["dropped"]) == (9, ["lm_head.weight", "t2d"])
+    back = load_drafter(tmp_path / "back")
+    assert back.draft_ids.tolist() == ids
+    assert jnp.array_equal(back.fc.weight, load_drafter(run).fc.weight)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda t: t["t2d"].__setitem__(slice(None), np.roll(t["t2d"], 1)), "t2d and d2t do not name the same"),
+        (lambda t: t["lm_head.weight"].__setitem__((2, 3), 9), "lm_head.weight is not the target's"),
+        (lambda t: t.pop("d2t"), "t2d and d2t do not name the same"),
+        (lambda t: t["d2t"].__setitem__(4, 0), "must rise"),
+    ],
+)
+def test_a_draft_vocabulary_that_is_said_in_two_ways_is_refused(reduced, tmp_path, target_folder, change, said):
+    tensors = {name: np.array(tensor) for name, tensor in load_tensors(reduced / "model.safetensors", what="w").items()}
+    change(tensors)
+    save_tensors(reduced / "model.safetensors", tensors)
+    with pytest.raises(InputError, match=said):
+        import_drafter(DrafterImportConfig(drafter=reduced, out=tmp_path / "back", target=target_folder))
+    assert not (tmp_path / "back").exists()
+
+
+@pytest.fixture(scope="module")
+def theirs(tmp_path_factory, target_folder, cache):
     """What speculators itself made of our folders: logits of exports by variant, and a folder that it converted."""
     folder, jobs = tmp_path_factory.mktemp("speculators"), []
     for name, (scaling, bias) in VARIANTS.items():
         run = write_drafter(folder / name, rope_scaling=scaling, attention_bias=bias)
-        out = exported(run, folder / f"{name}-out", target_folder)
+        vocabulary = {"draft_vocab": 9, "cache": cache} if name == "reduced" else {}
+        out = exported(run, folder / f"{name}-out", target_folder, **vocabulary)
         np.savez(folder / f"{name}-in.npz", **random_blocks(load_drafter(run).config))
         jobs.append(f"draft:{out}:{folder / f'{name}-in.npz'}:{folder / f'{name}.npz'}")
     jobs.append(f"convert:{folder / 'plain'}:{target_folder}:{folder / 'converted'}")
@@ -135,7 +222,10 @@ def test_speculators_own_model_drafts_what_ours_drafts(theirs, target_folder, va
         position_offset=jnp.int32(0),
     )
     logits = np.load(theirs / f"{variant}.npz")["logits"]
-    np.testing.assert_allclose(np.asarray(ours @ target.head.T), logits, rtol=1e-4, atol=1e-4 * np.abs(logits).max())
+    head = target.head
+    if variant == "reduced":
+        head = head[np.flatnonzero(load_tensors(theirs / "reduced-out" / "model.safetensors", what="w")["t2d"])]
+    np.testing.assert_allclose(np.asarray(ours @ head.T), logits, rtol=1e-4, atol=1e-4 * np.abs(logits).max())
 
 
 @pytest.mark.slow
@@ -175,7 +265,8 @@ def test_an_import_keeps_every_bit_and_writes_settings_where_all_look(run, tmp_p
     [
         ("speculators_model_type", "eagle3", "speculators_model_type is 'eagle3'"),
         ("sample_from_anchor", True, "sample_from_anchor is True"),
-        ("draft_vocab_size", 7, "a vocabulary of the drafter's own"),
+        ("draft_vocab_size", 7, r"missing d2t \[7\]"),
+        ("draft_vocab_size", None, "draft_vocab_size is None"),
         ("target_hidden_size", 48, "target_hidden_size is 48"),
         ("aux_hidden_state_layer_ids", [0, 2], "names 0, the embedding"),
         ("aux_hidden_state_layer_ids", None, "aux_hidden_state_layer_ids is None"),
@@ -270,7 +361,13 @@ def test_both_are_commands(run, tmp_path, capsys, target_folder):
 
 @pytest.mark.parametrize(
     ("settings", "said"),
-    [({"format": "speculators"}, "--target"), ({"verifier": "org/name"}, "--verifier")],
+    [
+        ({"format": "speculators"}, "--target"),
+        ({"verifier": "org/name"}, "--verifier"),
+        ({"draft_vocab": 0, "cache": Path("c")}, "--draft-vocab is 0"),
+        ({"draft_vocab": 9}, "give --draft-vocab and --cache together"),
+        ({"cache": Path("c")}, "give --draft-vocab and --cache together"),
+    ],
 )
 def test_settings_that_do_not_fit_are_refused(settings, said):
     with pytest.raises(InputError, match=said):

@@ -36,6 +36,7 @@ def at_anchor(
     limit: int,
     block_size: int,
     position_offset: int,
+    draft_ids: Sequence[int] | None = None,
 ) -> tuple[int, list[bool], list[bool], float]:
     """One block from nothing but the features before its anchor, in float64.
 
@@ -51,6 +52,7 @@ def at_anchor(
         limit: most tokens decoding would have allowed.
         block_size: slots of a whole block.
         position_offset: absolute position of token 0.
+        draft_ids: the tokens that may be drafted; None: all.
 
     Returns:
         accept_len; hits and labelled slots 1 to B-1; how far the closest decision was from a tie, as a share of the
@@ -68,10 +70,11 @@ def at_anchor(
     )
     hits, margin = [False] * (block_size - 1), np.inf
     for slot in range(1, slots):
-        logits = head @ hidden[slot]
+        tokens = range(len(head)) if draft_ids is None else draft_ids
+        logits = np.array([head[token] @ hidden[slot] for token in tokens])
         second, first = np.sort(logits)[-2:]
         margin = min(margin, (first - second) / (logits.max() - logits.min()))
-        hits[slot - 1] = labels[slot - 1] is not None and int(np.argmax(logits)) == labels[slot - 1]
+        hits[slot - 1] = labels[slot - 1] is not None and tokens[int(np.argmax(logits))] == labels[slot - 1]
     accepted = 0
     while accepted < block_size - 1 and hits[accepted]:
         accepted += 1

@@ -8,7 +8,7 @@ import pytest
 from dflash_jax.accept import evaluate_cache
 from dflash_jax.cache import open_cache
 from dflash_jax.core import InputError, load_tensors, no_progress, read_json, write_json
-from dflash_jax.drafter import load_drafter
+from dflash_jax.drafter import load_drafter, with_draft_vocabulary
 from dflash_jax.parity import ParityConfig
 from dflash_jax.parity.chain import Chain, Run
 from dflash_jax.parity.engine import Engine
@@ -78,8 +78,14 @@ def test_every_anchor_is_drafted_where_the_engine_places_it(world, chain, settin
     assert len(seen) >= 3
 
 
-def test_a_sound_engine_accepts_what_the_check_says(world, chain):
+@pytest.mark.parametrize("reduced", [False, True])
+def test_a_sound_engine_accepts_what_the_check_says(world, chain, reduced):
     cache = open_cache(world.cache("plain"))
+    # all but some labels of the first text
+    ids = np.setdiff1d(np.arange(len(tiny.TOKENS)), cache.sequence(0).next_ids[-12:-8])
+    if reduced:
+        drafter = with_draft_vocabulary(chain.drafter, ids)
+        chain = Chain(chain.target, drafter, block_size=5, anchors_per_chunk=32)
     wanted = evaluate_cache(
         chain.drafter, chain.target.embed_tokens, chain.target.head, cache, max_positions=tiny.CONTEXT, block_size=5,
         anchors_per_chunk=16, position_offsets=(FAR,), progress=no_progress,
@@ -90,6 +96,11 @@ def test_a_sound_engine_accepts_what_the_check_says(world, chain):
     for batch in make_batches(texts, tokens_per_batch=128):
         for one, outcome in zip(batch.texts, Run(chain, batch).outcomes(engine.reference), strict=True):
             found[one.prompt_hash] = outcome
+    if reduced:
+        (first,) = (result for result in wanted if result.prompt_hash == cache.sequence(0).prompt_hash)
+        outside = ~np.isin(cache.sequence(0).next_ids[first.anchors], ids)
+        assert outside.sum() >= 4
+        assert not first.correct[outside, 0].any()
     assert len(found) == len(wanted) == 8
     for result in wanted:
         assert found[result.prompt_hash].accepted.tolist() == result.accepted.tolist()

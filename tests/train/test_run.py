@@ -10,7 +10,7 @@ import pytest
 
 from dflash_jax.cache import open_cache
 from dflash_jax.core import InputError, load_tensors
-from dflash_jax.drafter import read_drafter_config
+from dflash_jax.drafter import load_drafter, read_drafter_config, save_drafter, with_draft_vocabulary
 from dflash_jax.train import train
 from dflash_jax.train.data import make_batches
 from support import tiny, tiny_chain
@@ -204,6 +204,15 @@ def test_init_from_that_does_not_fit_names_everything(tmp_path, run, target_fold
             target_folder, cache, tmp_path / "out", init_from=parent, block_size=7, num_layers=3
         ))  # fmt: skip
     assert str(error.value) == f"--init-from {parent} does not fit: {wanted}"
+
+
+@pytest.mark.slow
+def test_fine_tuning_leaves_a_draft_vocabulary_behind(tmp_path, run, target_folder, cache):
+    parent = tmp_path / "parent"
+    parent.mkdir()
+    save_drafter(with_draft_vocabulary(load_drafter(run[0] / "run-25"), np.arange(9)), parent)
+    train(tiny_chain.train_config(target_folder, cache, tmp_path / "out", init_from=parent, num_layers=1, steps=1))
+    assert load_drafter(tmp_path / "out" / "last").draft_ids is None
 
 
 def test_mask_token_outside_the_vocabulary(tmp_path, target_folder, cache):

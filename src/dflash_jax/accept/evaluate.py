@@ -5,7 +5,7 @@ turns is not compiled in works off items of `group` sequences x `anchor` anchors
 have the same number of rows whether there are many anchors per sequence or few.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, replace
 from functools import partial
@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int, Int32
+from jaxtyping import Array, Bool, Float, Int, Int32, Int64
 
 from dflash_jax.accept.anchors import AnchorChoice, hash_text
 from dflash_jax.accept.hits import label_hits
@@ -23,7 +23,16 @@ from dflash_jax.accept.plan import Item, Job, plan_batches, plan_items
 from dflash_jax.cache import Cache, stack_sequences
 from dflash_jax.core import Move
 from dflash_jax.decode import accept_len
-from dflash_jax.drafter import ContextKV, Drafter, StoredSequence, block_labels, context_kv, draft_in_context
+from dflash_jax.drafter import (
+    ContextKV,
+    Drafter,
+    StoredSequence,
+    block_labels,
+    context_kv,
+    draft_head,
+    draft_in_context,
+    draft_rows_of,
+)
 
 MOST_RIVALS = 1024
 RIVAL_SHARE = 1 / 16
@@ -146,7 +155,7 @@ def _evaluate_items(
     drafter: Drafter,
     embed_tokens: Float[Array, "vocab hidden"],
     head: Float[Array, "vocab hidden"],
-    rival_ids: Int32[Array, " rival"],
+    rival_rows: Int32[Array, " rival"],
     sequences: StoredSequence,
     rows: Int32[Array, "item group"],
     anchors: Int32[Array, "item group anchor"],
@@ -161,16 +170,24 @@ def _evaluate_items(
     """accept_len, hits and labelled slots of the first `num_items` items; zeros for the others.
 
     Items name rows of the batch and anchors in them. Memory beyond the inputs: the contexts' keys and values, one
-    item's scores (`group * anchor * block * heads * seq` float32) and what `label_hits` takes.
+    item's scores (`group * anchor * block * heads * seq` float32), what `label_hits` takes, and a draft vocabulary's
+    rows of the head.
     """
-    texts, rivals = _project(drafter, sequences), head[rival_ids]
+    texts, head = _project(drafter, sequences), draft_head(drafter, head)
+    rivals = head[rival_rows]
     draft = jax.vmap(partial(_draft_item, drafter, embed_tokens, block_size=block_size))
 
     def evaluate(number: Int32[Array, ""], done):  # noqa: ANN001, ANN202  (three arrays, as returned)
         own = jax.tree_util.tree_map(lambda leaf: leaf[rows[number]], texts)
         hidden, labels, labelled = draft(own, anchors[number])
+        # a label outside the draft vocabulary cannot be drafted
+        wanted = draft_rows_of(drafter, labels)
         correct = label_hits(
-            hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1), labelled.reshape(-1), head=head, rivals=rivals
+            hidden.reshape(-1, hidden.shape[-1]),
+            jnp.maximum(wanted, 0).reshape(-1),
+            (labelled & (wanted >= 0)).reshape(-1),
+            head=head,
+            rivals=rivals,
         ).reshape(labels.shape)
         # a hit is the label and a miss is no token at all: decoding's accept rule sees what it would see
         accepted = accept_len(
@@ -183,14 +200,28 @@ def _evaluate_items(
     return lax.fori_loop(jnp.int32(0), num_items, evaluate, start)
 
 
-def _rivals(cache: Cache, jobs: SequenceOf[Job], *, vocab_size: int) -> Int32[np.ndarray, " rival"]:
-    """The most frequent labels of the responses: the tokens a drafter says most often, right or wrong."""
+def label_counts(cache: Cache, indices: Iterable[int], *, vocab_size: int) -> Int64[np.ndarray, " vocab"]:
+    """Return how often every token is a label of some sequences' responses: what blocks there are to draft.
+
+    Args:
+        cache: sequences.
+        indices: which of them.
+        vocab_size: tokens.
+    """
     counts = np.zeros(vocab_size, np.int64)
-    for job in jobs:
-        stored = cache.sequence(job.index)
+    for index in indices:
+        stored = cache.sequence(index)
         labels = stored.next_ids[stored.prompt_len :]
         counts += np.bincount(labels[labels >= 0], minlength=vocab_size)  # -1 where an imported cache has none
-    number = max(1, min(MOST_RIVALS, int(vocab_size * RIVAL_SHARE)))
+    return counts
+
+
+def _rivals(drafter: Drafter, cache: Cache, jobs: SequenceOf[Job], *, vocab_size: int) -> Int32[np.ndarray, " rival"]:
+    """Rows of the drafter's head: the most frequent labels, which it says most often, right or wrong."""
+    counts = label_counts(cache, [job.index for job in jobs], vocab_size=vocab_size)
+    if drafter.draft_ids is not None:
+        counts = counts[np.asarray(drafter.draft_ids)]
+    number = max(1, min(MOST_RIVALS, int(len(counts) * RIVAL_SHARE)))
     return np.argsort(-counts, kind="stable")[:number].astype(np.int32)
 
 
@@ -218,7 +249,7 @@ def _evaluate_batch(
     drafter: Drafter,
     embed_tokens: Float[Array, "vocab hidden"],
     head: Float[Array, "vocab hidden"],
-    rival_ids: Int32[Array, " rival"],
+    rival_rows: Int32[Array, " rival"],
     sequences: StoredSequence,
     items: SequenceOf[Item],
     *,
@@ -234,7 +265,7 @@ def _evaluate_batch(
         drafter,
         embed_tokens,
         head,
-        rival_ids,
+        rival_rows,
         sequences,
         jnp.asarray(rows),
         jnp.asarray(anchors),
@@ -305,7 +336,7 @@ def evaluate_cache(
         rows: sequences of other rows of the responses file (`sequence_index`) are left out; None keeps all.
     """
     jobs = _jobs(cache, anchors, position_offsets, rows)
-    rival_ids = jnp.asarray(_rivals(cache, jobs, vocab_size=head.shape[0]))
+    rival_rows = jnp.asarray(_rivals(drafter, cache, jobs, vocab_size=head.shape[0]))
     results: dict[int, SequenceResult] = {}
     num_anchors = 0
     for batch in plan_batches(jobs, tokens_per_batch=tokens_per_batch, anchors_per_item=anchors_per_chunk):
@@ -317,7 +348,7 @@ def evaluate_cache(
             drafter,
             embed_tokens,
             head,
-            rival_ids,
+            rival_rows,
             replace(sequences, limit=jnp.minimum(sequences.limit, max_positions)),
             plan_items(batch.jobs, anchors_per_row=batch.anchors_per_row, group=batch.group),
             most_items=batch.most_items,

@@ -76,7 +76,10 @@ def _draft_logits(
     place: Int32[Array, " 3"],
     block_size: int,
 ) -> Float[Array, "drafted vocab"]:
-    """Logits of slots 1 to B-1 at one anchor; `place` is anchor, slots of the block, position offset."""
+    """Logits of slots 1 to B-1 at one anchor; `place` is anchor, slots of the block, position offset.
+
+    A token outside the draft vocabulary has the least logit of its slot.
+    """
     hidden = draft_blocks(
         drafter,
         target.embed_tokens,
@@ -87,7 +90,11 @@ def _draft_logits(
         block_size=block_size,
         position_offset=place[2],
     )
-    return product("bh,vh->bv", hidden[0, 1:], target.head, out=jnp.float32)
+    logits = product("bh,vh->bv", hidden[0, 1:], target.head, out=jnp.float32)
+    if drafter.draft_ids is None:
+        return logits
+    inside = jnp.zeros(logits.shape[1], bool).at[drafter.draft_ids].set(True)
+    return jnp.where(inside[None], logits, logits.min(axis=1, keepdims=True))
 
 
 def _margin(logits: Float[np.ndarray, " vocab"], first: int, second: int) -> tuple[float, float]:

@@ -22,11 +22,19 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.sharding import Mesh
-from jaxtyping import Array, Bool, Int32
+from jaxtyping import Array, Bool, Float, Int32
 
 from dflash_jax.decode.accept import accept_len
 from dflash_jax.decode.sampler import Sampler, choose_tokens
-from dflash_jax.drafter import ContextKV, Drafter, context_kv, draft_hidden, embed_slots
+from dflash_jax.drafter import (
+    ContextKV,
+    Drafter,
+    context_kv,
+    draft_head,
+    draft_hidden,
+    drafted_tokens,
+    embed_slots,
+)
 from dflash_jax.nn import write_rows
 from dflash_jax.targets import KVCache, Target, constrain, extend, next_ids, pin_cache, prefill
 
@@ -47,6 +55,7 @@ class DecodeState(eqx.Module):
         num_blocks: target passes made for each sequence after its prompt.
         stop_ids: token ids that end a sequence.
         sampler: how the target chooses; None: greedily.
+        draft_head: the head's rows that drafts are chosen among, whole on every device; None: the target's head.
     """
 
     tokens: Int32[Array, "batch capacity"]
@@ -60,6 +69,7 @@ class DecodeState(eqx.Module):
     num_blocks: Int32[Array, " batch"]
     stop_ids: Int32[Array, " stops"]
     sampler: Sampler | None
+    draft_head: Float[Array, "draft_vocab hidden"] | None
 
 
 _PER_ROW = ("tokens", "start", "limit", "done", "kv", "context", "committed", "accepted", "num_blocks", "sampler")
@@ -69,7 +79,10 @@ def _pinned(state: DecodeState, mesh: Mesh | None) -> DecodeState:
     """The state, its rows split over the mesh: programs hand it to each other as it is. A mesh of None pins nothing."""
     one = lambda leaf: constrain(leaf, ("batch", *[None] * (leaf.ndim - 1)), mesh)
     parts = {name: jax.tree_util.tree_map(one, getattr(state, name)) for name in _PER_ROW if name != "kv"}
-    return replace(state, kv=pin_cache(state.kv, mesh), **parts)
+    whole = lambda leaf: constrain(leaf, (None, None), mesh)
+    return replace(
+        state, kv=pin_cache(state.kv, mesh), draft_head=jax.tree_util.tree_map(whole, state.draft_head), **parts
+    )
 
 
 def decode_capacity(prompt_bucket: int, max_new_tokens: int, block_size: int) -> int:
@@ -113,12 +126,14 @@ def start_decoding(
     batch, seq = prompts.shape
     tokens = jnp.pad(prompts, ((0, 0), (0, capacity - seq)))
     tokens = jnp.where(jnp.arange(capacity, dtype=jnp.int32)[None] == lengths[:, None], first[:, None], tokens)
-    context = None
+    context = head_rows = None
     if drafter is not None:
         positions = position_offset[:, None] + jnp.arange(seq, dtype=jnp.int32)[None]
         pad = ((0, 0), (0, 0), (0, capacity - seq), (0, 0))
         rows = jax.vmap(context_kv, in_axes=(None, 0, 0))(drafter, out.features, positions)
         context = tuple(ContextKV(k=jnp.pad(row.k, pad), v=jnp.pad(row.v, pad)) for row in rows)
+        # taken here once, not in every step of a loop
+        head_rows = None if drafter.draft_ids is None else draft_head(drafter, target.head)
     state = DecodeState(
         tokens=tokens,
         start=lengths,
@@ -131,6 +146,7 @@ def start_decoding(
         num_blocks=jnp.zeros(batch, jnp.int32),
         stop_ids=stop_ids,
         sampler=sampler,
+        draft_head=head_rows,
     )
     return _pinned(state, target.mesh)
 
@@ -195,7 +211,8 @@ def draft(target: Target, drafter: Drafter, state: DecodeState, *, block_size: i
         context_lengths=state.start[:, None],
         block_lengths=(state.limit - state.start)[:, None],
     )
-    return next_ids(target, hidden[:, 0, 1:].astype(target.head.dtype))
+    hidden = hidden[:, 0, 1:].astype(target.head.dtype)
+    return next_ids(target, hidden) if state.draft_head is None else drafted_tokens(drafter, hidden, state.draft_head)
 
 
 def verify(target: Target, drafter: Drafter, state: DecodeState, drafted: Int32[Array, "batch drafted"]) -> DecodeState:

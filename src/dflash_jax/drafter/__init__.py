@@ -18,7 +18,14 @@ from dflash_jax.drafter.config import (
     parse_drafter_config,
     read_drafter_config,
 )
-from dflash_jax.drafter.folder import drafter_fingerprint, drafter_shapes, load_drafter, save_drafter
+from dflash_jax.drafter.folder import (
+    DRAFT_TO_TARGET,
+    drafter_fingerprint,
+    drafter_shapes,
+    from_offsets,
+    load_drafter,
+    save_drafter,
+)
 from dflash_jax.drafter.model import (
     AS_STORED,
     Compute,
@@ -34,9 +41,17 @@ from dflash_jax.drafter.model import (
     init_drafter,
     take_rows,
 )
+from dflash_jax.drafter.vocabulary import (
+    draft_head,
+    draft_rows_of,
+    drafted_tokens,
+    most_frequent,
+    with_draft_vocabulary,
+)
 
 __all__ = [
     "AS_STORED",
+    "DRAFT_TO_TARGET",
     "BlockLabels",
     "Compute",
     "ContextKV",
@@ -50,16 +65,22 @@ __all__ = [
     "check_not_last_layer",
     "context_kv",
     "draft_blocks",
+    "draft_head",
     "draft_hidden",
     "draft_in_context",
+    "draft_rows_of",
+    "drafted_tokens",
     "drafter_fingerprint",
     "drafter_shapes",
     "eligible_anchors",
     "embed_slots",
+    "from_offsets",
     "init_drafter",
     "load_drafter",
+    "most_frequent",
     "parse_drafter_config",
     "read_drafter_config",
     "save_drafter",
     "take_rows",
+    "with_draft_vocabulary",
 ]

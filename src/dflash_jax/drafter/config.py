@@ -44,6 +44,7 @@ class DrafterConfig:
         capture_layers: 0-based target layers whose outputs are the features, in order.
         num_target_layers: decoder layers of the target.
         vocab_size: the target's vocabulary.
+        draft_vocab_size: tokens that drafts are chosen among; None: the whole vocabulary.
         rope_scaling: how the rotary frequencies are stretched; None: not at all.
         rope_precision: how angles are computed, see `nn.Rope`; a setting of ours, not of the checkpoint.
     """
@@ -63,6 +64,7 @@ class DrafterConfig:
     capture_layers: tuple[int, ...]
     num_target_layers: int
     vocab_size: int
+    draft_vocab_size: int | None = None
     rope_scaling: RopeScaling | None = None
     rope_precision: str = "exact"
 
@@ -82,9 +84,11 @@ class DrafterConfig:
         """Return z-lab's `config.json`, with rope keys at the top level where every reader looks.
 
         **Source:** key set of z-lab/Qwen3-8B-DFlash-b16 (revision 9b41424b7109) `config.json`; it differs in leaving
-        out `auto_map` (no code travels with the checkpoint) and the target's bos and eos ids.
+        out `auto_map` (no code travels with the checkpoint) and the target's bos and eos ids, and in
+        `draft_vocab_size` where the drafter has a draft vocabulary (speculators' name).
         """
-        return {
+        reduced = {} if self.draft_vocab_size is None else {"draft_vocab_size": self.draft_vocab_size}
+        return reduced | {
             "architectures": ["DFlashDraftModel"],
             "attention_bias": self.attention_bias,
             "attention_dropout": 0.0,
@@ -157,6 +161,9 @@ def _check_ranges(config: DrafterConfig, where: Path) -> None:
         f"target_layer_ids {list(config.capture_layers)} are not layers of a target of {config.num_target_layers}": (
             not config.capture_layers or not all(0 <= i < config.num_target_layers for i in config.capture_layers)
         ),
+        f"draft_vocab_size is {config.draft_vocab_size} of {config.vocab_size} tokens": (
+            config.draft_vocab_size is not None and not 0 < config.draft_vocab_size < config.vocab_size
+        ),
     }
     if problems := [problem for problem, is_wrong in wrong.items() if is_wrong]:
         raise InputError(f"{where}: {'; '.join(problems)}")
@@ -194,6 +201,9 @@ def parse_drafter_config(raw: Any, *, where: Path) -> DrafterConfig:
     if wrong_rope or rope_theta is None:
         raise InputError(f"{where}: {'; '.join(wrong_rope)}")
     merged = {**raw, **dflash}
+    reduced = raw.get("draft_vocab_size")
+    if reduced == raw.get("vocab_size"):
+        reduced = None
     try:
         config = DrafterConfig(
             hidden_size=int(raw["hidden_size"]),
@@ -212,6 +222,7 @@ def parse_drafter_config(raw: Any, *, where: Path) -> DrafterConfig:
             capture_layers=tuple(int(i) for i in merged["target_layer_ids"]),
             num_target_layers=int(raw["num_target_layers"]),
             vocab_size=int(raw["vocab_size"]),
+            draft_vocab_size=None if reduced is None else int(reduced),
         )
     except KeyError as error:
         raise InputError(f"{where}: {error.args[0]} is missing") from error

@@ -80,6 +80,7 @@ class Drafter(eqx.Module):
         layers: in order.
         norm: final norm, before the target's head.
         config: sizes.
+        draft_ids: the draft vocabulary: ids that drafts are chosen among, rising; None: all. Not trained.
     """
 
     fc: Linear
@@ -87,6 +88,7 @@ class Drafter(eqx.Module):
     layers: tuple[DrafterLayer, ...]
     norm: RMSNorm
     config: DrafterConfig = eqx.field(static=True)
+    draft_ids: Int32[Array, " draft_vocab"] | None = None
 
 
 def init_drafter(config: DrafterConfig, *, key: PRNGKeyArray) -> Drafter:

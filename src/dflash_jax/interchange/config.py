@@ -78,6 +78,12 @@ class DrafterExportConfig:
     """Target folder; its sizes are compared with the drafter's. speculators needs it: its config names the target."""
     verifier: str | None = None
     """speculators only: what its config calls the target, such as a Hugging Face id; default: --target."""
+    draft_vocab: int | None = None
+    """Draft from so many tokens, those most frequent among the labels of --cache's responses: a draft then meets a part
+    of the target's head. 8192 of 49152 make a draft of SmolLM2 nearly half as long. Default: all, or what the drafter
+    has. The trained weights stay as they are; `check --compare-drafters` says what it costs."""
+    cache: Path | None = None
+    """With --draft-vocab: the cache whose labels are counted; use the one trained on, not the one checked on."""
 
     def __post_init__(self) -> None:
         """Check what can be checked without the drafter."""
@@ -85,6 +91,10 @@ class DrafterExportConfig:
             raise InputError("--format speculators names the target in its config: give --target")
         if self.format != "speculators" and self.verifier is not None:
             raise InputError("--verifier is for --format speculators only: leave it out")
+        if self.draft_vocab is not None and self.draft_vocab < 1:
+            raise InputError(f"--draft-vocab is {self.draft_vocab}: a positive number is needed")
+        if (self.draft_vocab is None) != (self.cache is None):
+            raise InputError("--draft-vocab counts the labels of a cache: give --draft-vocab and --cache together")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

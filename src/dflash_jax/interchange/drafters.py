@@ -5,9 +5,13 @@ Two layouts, one set of tensors (11 per layer, 15 with biases, and 3):
     z-lab         config.json says `DFlashDraftModel`, `dflash_config`; layer ids are those of layers
     speculators   config.json says `speculators_model_type`, a Qwen3 `transformer_layer_config` and the verifier; layer
                   ids count from the embedding
+
+A draft vocabulary (`drafter.vocabulary`) is `d2t` in both; speculators' has the same as a mask, `t2d`, and the head's
+rows beside it.
 """
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +19,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dflash_jax.accept import check_fit
+from dflash_jax.accept import check_fit, label_counts
+from dflash_jax.cache import check_fingerprint, open_cache
 from dflash_jax.core import (
     RECORD_NAME,
     InputError,
@@ -29,13 +34,18 @@ from dflash_jax.core import (
     write_record,
 )
 from dflash_jax.drafter import (
+    DRAFT_TO_TARGET,
+    Drafter,
     DrafterConfig,
     drafter_fingerprint,
     drafter_shapes,
+    from_offsets,
     load_drafter,
+    most_frequent,
     parse_drafter_config,
     read_drafter_config,
     save_drafter,
+    with_draft_vocabulary,
 )
 from dflash_jax.interchange.config import DrafterExportConfig, DrafterImportConfig
 from dflash_jax.interchange.places import check_free, whole_folder
@@ -52,26 +62,34 @@ _SPECULATORS_NEUTRAL = {
     "sample_from_anchor": (None, False),
     "sliding_window_non_causal": (None, False),
 }
-# What older checkpoints of speculators carry of the target's: not the drafter's, if it is the target's still.
-_TARGETS_OWN = ("embed_tokens.weight", "lm_head.weight")
+# What checkpoints of speculators may carry of the target's: not the drafter's, if it is the target's still.
+_EMBEDDING, _HEAD = "embed_tokens.weight", "lm_head.weight"
+_TARGETS_OWN = (_EMBEDDING, _HEAD)
+_TARGET_IN_DRAFT = "t2d"
+"""speculators' mask of the draft vocabulary, bool: what `d2t` says, once more."""
 
 
 def export_drafter(config: DrafterExportConfig) -> dict[str, Any]:
     """Write a drafter for serving engines; the folder appears whole or not at all, after it was read back.
 
     Returns:
-        `out`, `format`, `dtype`, `block_size`, `capture_layers`, `num_tensors`, `num_parameters`, `bytes`, `sha256` (of
-        the weights' file), `vllm` and `sglang` (what to start them with; None where they do not read the layout),
-        `warnings` (engines known not to compute what this drafter needs).
+        `out`, `format`, `dtype`, `block_size`, `capture_layers`, `draft_vocab_size` (None: drafts are of all tokens),
+        `num_tensors`, `num_parameters` (of the network), `bytes`, `sha256` (of the weights' file), `vllm` and `sglang`
+        (what to start them with; None where they do not read the layout), `warnings` (engines known not to compute
+        what this drafter needs); with `--draft-vocab` also `label_share`, the share of the counted labels in it.
 
     Raises:
-        InputError: no drafter, or one that is damaged or of another target; `--out` is taken or cannot be written.
+        InputError: no drafter, or one that is damaged or of another target; a draft vocabulary that cannot be chosen;
+            `--out` is taken or cannot be written.
     """
     check_free(config.out)
     sizes = read_drafter_config(config.drafter)
     if config.target is not None:
         check_fit(sizes, read_target_config(config.target), where=config.drafter)
-    drafter = load_drafter(config.drafter, dtype=jnp.dtype(config.dtype))
+    drafter, chosen = load_drafter(config.drafter, dtype=jnp.dtype(config.dtype)), {}
+    if config.draft_vocab is not None:
+        drafter, chosen = _choose_vocabulary(drafter, config)
+        sizes = drafter.config
     with whole_folder(config.out, "drafter") as folder:
         save_drafter(drafter, folder)
         again = load_drafter(folder, dtype=jnp.dtype(config.dtype))
@@ -80,12 +98,14 @@ def export_drafter(config: DrafterExportConfig) -> dict[str, Any]:
             raise InputError(f"{config.out}: what was written is not what was read: see to the disk; nothing is left")
         if config.format == "speculators":
             write_json(folder / "config.json", _speculators_json(sizes, config))
+            _write_head_rows(drafter, folder, config)
         result = {
             "out": str(config.out),
             "format": config.format,
             **_facts(folder, sizes, dtype=config.dtype),
+            **chosen,
             **_serving(sizes, config),
-            "warnings": _warnings(sizes),
+            "warnings": _warnings(sizes, config),
         }
         write_record(folder, _record("export", config, config.drafter, result))
     return result
@@ -97,13 +117,14 @@ def import_drafter(config: DrafterImportConfig) -> dict[str, Any]:
     Weights stay as they are, bit for bit; settings are written where every reader looks for them.
 
     Returns:
-        `out`, `format` (what was found), `dtype`, `block_size`, `capture_layers`, `num_tensors`, `num_parameters`,
-        `bytes`, `sha256`, `dropped` (tensors that were the target's own, bit for bit).
+        `out`, `format` (what was found), `dtype`, `block_size`, `capture_layers`, `draft_vocab_size`, `num_tensors`,
+        `num_parameters`, `bytes`, `sha256`, `dropped` (tensors that were the target's own, bit for bit, or said the
+        draft vocabulary twice).
 
     Raises:
         InputError: not a DFlash drafter of either layout; a setting that changes what is drafted and is not handled;
-            tensors that do not fit; a head or embedding that is not the target's; a drafter of another target;
-            `--out` is taken or cannot be written.
+            tensors that do not fit; a head or embedding that is not the target's; a draft vocabulary that is none or
+            is said in two ways; a drafter of another target; `--out` is taken or cannot be written.
     """
     check_free(config.out)
     where = config.drafter / "config.json"
@@ -121,10 +142,15 @@ def import_drafter(config: DrafterImportConfig) -> dict[str, Any]:
     if target is not None:
         check_fit(sizes, target, where=config.drafter)
     tensors = load_tensors(config.drafter / _WEIGHTS, what=_WHAT)
-    dropped = [name for name in _TARGETS_OWN if from_speculators and name in tensors]
+    dropped = [name for name in (*_TARGETS_OWN, _TARGET_IN_DRAFT) if from_speculators and name in tensors]
     if dropped:
         assert config.target is not None
-        _check_targets_own({name: tensors.pop(name) for name in dropped}, config.target, where=config.drafter)
+        extra = {name: tensors.pop(name) for name in dropped}
+        ids = None
+        if sizes.draft_vocab_size is not None and DRAFT_TO_TARGET in tensors:
+            ids = from_offsets(tensors[DRAFT_TO_TARGET], sizes.vocab_size, where=config.drafter)
+        _check_mask(extra.pop(_TARGET_IN_DRAFT, None), ids, sizes.vocab_size, where=config.drafter)
+        _check_targets_own(extra, config.target, ids=ids, where=config.drafter)
     check_names_and_shapes({n: t.shape for n, t in tensors.items()}, drafter_shapes(sizes), what=str(config.drafter))
     dtype = str(tensors["fc.weight"].dtype)
     with whole_folder(config.out, "drafter") as folder:
@@ -148,11 +174,72 @@ def _facts(folder: Path, sizes: DrafterConfig, *, dtype: str) -> dict[str, Any]:
         "dtype": dtype,
         "block_size": sizes.block_size,
         "capture_layers": list(sizes.capture_layers),
+        "draft_vocab_size": sizes.draft_vocab_size,
         "num_tensors": len(header),
-        "num_parameters": sum(int(np.prod(entry["shape"])) for entry in header.values()),
+        "num_parameters": sum(
+            int(np.prod(shape)) for shape in drafter_shapes(replace(sizes, draft_vocab_size=None)).values()
+        ),
         "bytes": weights.stat().st_size,
         "sha256": drafter_fingerprint(folder),
     }
+
+
+def _choose_vocabulary(drafter: Drafter, config: DrafterExportConfig) -> tuple[Drafter, dict[str, Any]]:
+    """The drafter with the tokens that are most frequent in the cache, and what share of the labels they are.
+
+    Raises:
+        InputError: no such cache, or one of other captured layers; as many tokens as there are, or more; the drafter
+            has a draft vocabulary already, or the cache no labels.
+    """
+    sizes = drafter.config
+    assert config.cache is not None
+    assert config.draft_vocab is not None
+    if sizes.draft_vocab_size is not None:
+        raise InputError(
+            f"{config.drafter} has a draft vocabulary of {sizes.draft_vocab_size} tokens already: export the drafter "
+            "that it was made of, or leave --draft-vocab out"
+        )
+    if config.draft_vocab >= sizes.vocab_size:
+        raise InputError(f"--draft-vocab is {config.draft_vocab}: fewer than all {sizes.vocab_size} tokens are needed")
+    cache = open_cache(config.cache)
+    layers = {"capture_layers": list(sizes.capture_layers)}
+    check_fingerprint(cache.manifest, layers, what=f"the drafter {config.drafter}")
+    counts = label_counts(cache, range(cache.num_sequences), vocab_size=sizes.vocab_size)
+    if not counts.any():
+        raise InputError(f"{config.cache} has no labels to count: build it with `cache build`")
+    ids = most_frequent(counts, config.draft_vocab)
+    return with_draft_vocabulary(drafter, ids), {"label_share": float(counts[ids].sum() / counts.sum())}
+
+
+def _write_head_rows(drafter: Drafter, folder: Path, config: DrafterExportConfig) -> None:
+    """Add to speculators' layout what a draft vocabulary needs there: the mask, and the target's rows of the head.
+
+    **Source:** vllm-project/speculators 0.9.0 `models/dflash/core.py`, which saves the head of a reduced vocabulary
+    alone, "because current runtimes cannot derive it".
+    """
+    if drafter.draft_ids is None:
+        return
+    assert config.target is not None
+    ids, tensors = np.asarray(drafter.draft_ids), load_tensors(folder / _WEIGHTS, what=_WHAT)
+    mask = np.zeros(drafter.config.vocab_size, bool)
+    mask[ids] = True
+    head = np.asarray(load_target(config.target, layers=()).head[ids].astype(jnp.dtype(config.dtype)))
+    save_tensors(folder / _WEIGHTS, {**tensors, _TARGET_IN_DRAFT: mask, _HEAD: head})
+
+
+def _check_mask(mask: np.ndarray | None, ids: np.ndarray | None, vocab_size: int, *, where: Path) -> None:
+    """Refuse a mask that is not what `d2t` says, or that stands alone.
+
+    Raises:
+        InputError: they differ.
+    """
+    if mask is None:
+        return
+    if ids is None or mask.shape != (vocab_size,) or not np.array_equal(np.flatnonzero(mask), ids):
+        raise InputError(
+            f"{where}: {_TARGET_IN_DRAFT} and {DRAFT_TO_TARGET} do not name the same draft vocabulary of "
+            "draft_vocab_size tokens"
+        )
 
 
 def _record(
@@ -178,14 +265,20 @@ def _serving(sizes: DrafterConfig, config: DrafterExportConfig) -> dict[str, Any
         f"--speculative-num-draft-tokens {block_size}"
     )
     vllm = json.dumps({"method": "dflash", "model": out, "num_speculative_tokens": block_size - 1})
+    own = config.format == "z-lab" and sizes.draft_vocab_size is not None
     return {
-        "vllm": f"--speculative-config '{vllm}'",
-        "sglang": sglang if config.format == "z-lab" else None,
+        "vllm": None if own else f"--speculative-config '{vllm}'",
+        "sglang": sglang if config.format == "z-lab" and not own else None,
     }
 
 
-def _warnings(sizes: DrafterConfig) -> list[str]:
+def _warnings(sizes: DrafterConfig, config: DrafterExportConfig) -> list[str]:
     found = []
+    if config.format == "z-lab" and sizes.draft_vocab_size is not None:
+        found.append(
+            "z-lab's layout has no draft vocabulary: this folder is for dflash-jax's own commands; vLLM serves one of "
+            "--format speculators, and SGLang drafts from the whole vocabulary: export without --draft-vocab for it"
+        )
     if sizes.rope_scaling is not None:
         found.append(
             f"its rotary frequencies are scaled ({sizes.rope_scaling.rope_type}): some TPU servers ignore that or "
@@ -209,6 +302,7 @@ def _speculators_json(sizes: DrafterConfig, config: DrafterExportConfig) -> dict
     dflash = theirs.pop("dflash_config")
     for name in ("architectures", "block_size", "num_target_layers"):
         del theirs[name]
+    theirs.pop("draft_vocab_size", None)
     scaling = theirs["rope_scaling"] or {"rope_type": "default"}
     theirs["rope_parameters"] = {**scaling, "rope_theta": sizes.rope_theta}
     verifier = read_json(config.target / "config.json", what="the target's config")
@@ -216,7 +310,7 @@ def _speculators_json(sizes: DrafterConfig, config: DrafterExportConfig) -> dict
         "architectures": ["DFlashDraftModel"],
         "aux_hidden_state_layer_ids": [to_speculators_layer(layer) for layer in sizes.capture_layers],
         "block_size": sizes.block_size,
-        "draft_vocab_size": sizes.vocab_size,
+        "draft_vocab_size": sizes.draft_vocab_size or sizes.vocab_size,
         "dtype": config.dtype,
         "mask_token_id": dflash["mask_token_id"],
         "sample_from_anchor": False,
@@ -251,11 +345,8 @@ def _speculators_config(raw: dict[str, Any], target: TargetConfig, *, where: Pat
     if not isinstance(layers, list) or not layers or not all(type(layer) is int for layer in layers):
         problems.append(f"aux_hidden_state_layer_ids is {layers!r}, layer ids are needed")
         layers = []
-    if raw.get("draft_vocab_size") != inner.get("vocab_size"):
-        problems.append(
-            f"draft_vocab_size is {raw.get('draft_vocab_size')!r} of {inner.get('vocab_size')!r} tokens: a vocabulary "
-            "of the drafter's own"
-        )
+    if type(raw.get("draft_vocab_size")) is not int:
+        problems.append(f"draft_vocab_size is {raw.get('draft_vocab_size')!r}, a number of tokens is needed")
     if raw.get("target_hidden_size") not in (None, inner.get("hidden_size")):
         problems.append(f"target_hidden_size is {raw['target_hidden_size']!r}, not the drafter's")
     if 0 in layers:
@@ -267,6 +358,7 @@ def _speculators_config(raw: dict[str, Any], target: TargetConfig, *, where: Pat
         | {
             "architectures": ["DFlashDraftModel"],
             "block_size": raw.get("block_size"),
+            "draft_vocab_size": raw.get("draft_vocab_size"),
             "dflash_config": {
                 "mask_token_id": raw.get("mask_token_id"),
                 "target_layer_ids": [from_speculators_layer(layer) for layer in layers],
@@ -277,10 +369,17 @@ def _speculators_config(raw: dict[str, Any], target: TargetConfig, *, where: Pat
     )
 
 
-def _check_targets_own(tensors: dict[str, np.ndarray], folder: Path, *, where: Path) -> None:
-    """Refuse a head or an embedding that is not the target's: the drafter was trained with it."""
+def _check_targets_own(tensors: dict[str, np.ndarray], folder: Path, *, ids: np.ndarray | None, where: Path) -> None:
+    """Refuse a head or an embedding that is not the target's: the drafter was trained with it.
+
+    Args:
+        tensors: by their names in speculators' layout.
+        folder: the target's.
+        ids: the draft vocabulary, whose rows the head is; None: all.
+        where: the drafter, to be named in errors.
+    """
     target = load_target(folder, layers=())
-    own = {"embed_tokens.weight": target.embed_tokens, "lm_head.weight": target.head}
+    own = {_EMBEDDING: target.embed_tokens, _HEAD: target.head if ids is None else target.head[ids]}
     for name, tensor in tensors.items():
         if tensor.shape != own[name].shape or not np.array_equal(tensor, np.asarray(own[name]).astype(tensor.dtype)):
             raise InputError(

@@ -14,8 +14,16 @@ from jaxtyping import Array, Bool, Float, Int32
 
 from dflash_jax.cache import stack_sequences
 from dflash_jax.decode import accept_len
-from dflash_jax.drafter import ContextKV, Drafter, StoredSequence, block_labels, context_kv, draft_in_context
-from dflash_jax.nn import greedy_tokens
+from dflash_jax.drafter import (
+    ContextKV,
+    Drafter,
+    StoredSequence,
+    block_labels,
+    context_kv,
+    draft_head,
+    draft_in_context,
+    drafted_tokens,
+)
 from dflash_jax.parity.texts import Text, TextBatch
 from dflash_jax.targets import Target, next_ids, prefill, put_whole
 
@@ -116,9 +124,9 @@ def _hidden(
 
 @jax.jit
 def _drafted(
-    hidden: Float[Array, "anchor block hidden"], head: Float[Array, "vocab hidden"]
+    drafter: Drafter, hidden: Float[Array, "anchor block hidden"], head: Float[Array, "draft_vocab hidden"]
 ) -> Int32[Array, "anchor drafted"]:
-    return greedy_tokens(hidden[:, 1:], head)
+    return drafted_tokens(drafter, hidden[:, 1:], head)
 
 
 @jax.jit
@@ -141,7 +149,9 @@ class Chain:
         passes are what takes time.
         """
         self.target = target
-        self.drafter, self.embed_tokens, self.head = put_whole(target.mesh, (drafter, target.embed_tokens, target.head))
+        self.drafter, self.embed_tokens, self.head = put_whole(
+            target.mesh, (drafter, target.embed_tokens, draft_head(drafter, target.head))
+        )
         self.block_size = block_size
         self.anchors_per_chunk = anchors_per_chunk
         self.layers = drafter.config.capture_layers
@@ -271,9 +281,9 @@ class Run:
     def _drafted(self, links: Links) -> list[Int32[np.ndarray, "anchor drafted"]]:
         key = _drafting(links)
         if key not in self._tokens:
-            head = self._chain.head
+            drafter, head = self._chain.drafter, self._chain.head
             self._tokens[key] = [
-                np.concatenate([np.asarray(_drafted(hidden, head)) for hidden in self.hidden(row, links)])
+                np.concatenate([np.asarray(_drafted(drafter, hidden, head)) for hidden in self.hidden(row, links)])
                 for row in range(len(self.batch.texts))
             ]
         return self._tokens[key]

@@ -105,7 +105,7 @@ class TrainConfig:
     resume: bool = False
     """Go on from --out's latest state, bit for bit; --init-from, if the run had one, need not be repeated."""
     init_from: Path | None = None
-    """Start from this drafter's weights instead of new ones (fine-tuning)."""
+    """Start from this drafter's weights instead of new ones (fine-tuning); a draft vocabulary is left behind."""
     init: Init = "target"
     """New weights: "target" copies the target's first and last layers, "random" draws all from N(0, 0.02)."""
     mask_token_id: int | None = None

@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from dflash_jax import targets, text
 from dflash_jax.cache import DEFAULT_CAPTURE_COUNT, check_fingerprint, open_cache
 from dflash_jax.core import RECORD_NAME, InputError, Move, make_record, no_progress, parse_mesh, read_json
-from dflash_jax.drafter import Drafter, load_drafter, read_drafter_config
+from dflash_jax.drafter import Drafter, load_drafter, read_drafter_config, with_draft_vocabulary
 from dflash_jax.train.checkpoint import BEST, RunFolder, open_writer
 from dflash_jax.train.config import TrainConfig
 from dflash_jax.train.data import CachedSource, Source
@@ -113,7 +113,8 @@ def _init_config(config: TrainConfig, source: Source) -> TrainConfig:
 
 def _first_drafter(config: TrainConfig, source: Source, target: targets.Target) -> Drafter:
     if config.init_from is not None:
-        return load_drafter(config.init_from)
+        # the loss is over all tokens: a draft vocabulary is chosen anew when the result is exported
+        return with_draft_vocabulary(load_drafter(config.init_from), None)
     assert config.block_size is not None
     assert config.num_layers is not None
     mask = config.mask_token_id
