@@ -60,6 +60,8 @@ def small(out, target, **changes):
         "held_out": 3,
         "decode_prompts": 2,
         "held_out_tokens": 12,
+        "decode_block_size": 3,
+        "draft_vocab": 9,
     }
     return Recipe(**settings | changes)
 
@@ -278,4 +280,5 @@ def test_results_hold_tau_its_difference_and_the_speed_up(finished):
     assert f"| {loss['check']['replay']['tau_micro']:.3f} [" in line
     assert f"| {compared['tau']['difference']:+.3f} [" in line
     assert any(line.startswith("| num_layers=7 | num_layers 7 | failed |") for line in lines)
-    assert lines[-1].startswith("decode, 2 prompts: tau ")
+    assert lines[-1].startswith("decode, 2 prompts, blocks of 3: tau ")
+    assert full["decode"]["draft_vocab_size"] == 9

@@ -32,11 +32,12 @@ _SHARED_FIELDS = ("target_weights", "target_config", "tokenizer_sha256", "chat_t
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Drafter:
-    """A drafter's folder, its record (None for a foreign one), and the block size to check it with."""
+    """A drafter's folder, its record (None for a foreign one), the block size to check it with, what it drafts of."""
 
     path: Path
     record: dict[str, Any] | None
     block_size: int
+    draft_vocab_size: int | None
 
     @property
     def trained_hashes(self) -> frozenset[int] | None:
@@ -66,6 +67,7 @@ def _read_drafter(path: Path, config: CheckConfig) -> _Drafter:
         path=path,
         record=read_json(record, what="the drafter's record") if record.is_file() else None,
         block_size=check_block_size(config.block_size, sizes),
+        draft_vocab_size=sizes.draft_vocab_size,
     )
 
 
@@ -131,6 +133,7 @@ def _document(pair: _Pair, results: list[SequenceResult], config: CheckConfig) -
         "num_departures": sum(result.num_departures for result in results),
         "num_response_tokens": sum(result.length - result.prompt_len for result in results),
         "block_size": pair.drafter.block_size,
+        "draft_vocab_size": pair.drafter.draft_vocab_size,
         "cache": str(pair.cache.path),
         "drafter": str(pair.drafter.path),
         "warnings": warnings_of(results, trained=trained),

@@ -10,7 +10,17 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-_FACTS = ("drafter", "cache", "block_size", "anchors", "num_prompts", "num_anchors", "num_unlabelled", "num_departures")
+_FACTS = (
+    "drafter",
+    "cache",
+    "block_size",
+    "draft_vocab_size",
+    "anchors",
+    "num_prompts",
+    "num_anchors",
+    "num_unlabelled",
+    "num_departures",
+)
 
 
 def is_check(value: Any) -> bool:
@@ -45,8 +55,8 @@ def _facts(check: Mapping[str, Any]) -> Table:
     table.add_column()
     table.add_column(overflow="fold")
     for name in _FACTS:
-        if name in check:
-            value = check[name]
+        # no draft vocabulary is worth no row
+        if (value := check.get(name)) is not None:
             table.add_row(name, Text(f"{value:,}" if isinstance(value, int) else str(value)))
     return table
 

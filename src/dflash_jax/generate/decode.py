@@ -240,9 +240,9 @@ def decode_prompts(config: DecodeConfig, *, progress: Move = no_progress, show: 
         The `decode --compare` JSON of the design: `tokens_equal`, `tau_micro` (tokens committed per target pass, pooled
         over blocks), `tau_macro` (mean of per-prompt means), `tokens_per_s`, `plain_tokens_per_s` and `speedup` (of the
         decoding loops: prompts' passes and compiling are outside), `speedup_ci95` (see `_speedup`), `num_prompts`,
-        `num_tokens`, `block_size`, `mesh`, `whole_axes` (what the mesh cannot split, and why), and `text` of the first
-        prompt; `differences`: for every prompt whose tokens differ,
-        the first one that does and why (`decode.Flip`). Keys of the comparison are None without it.
+        `num_tokens`, `block_size`, `draft_vocab_size` (None: drafts are of all tokens), `mesh`, `whole_axes` (what the
+        mesh cannot split, and why), and `text` of the first prompt; `differences`: for every prompt whose tokens
+        differ, the first one that does and why (`decode.Flip`). Keys of the comparison are None without it.
 
     Raises:
         InputError: bad target, drafter, prompts or mesh; one of several processes; a drafter that does not fit; a block
@@ -268,6 +268,7 @@ def decode_prompts(config: DecodeConfig, *, progress: Move = no_progress, show: 
         "num_prompts": len(rows),
         "num_tokens": speculative.tokens,
         "block_size": run.block_size,
+        "draft_vocab_size": run.drafter.config.draft_vocab_size,
         "batch_size": config.batch_size,
         "position_offset": config.position_offset,
         "dtype": config.dtype,
