@@ -13,7 +13,7 @@ from dflash_jax.cache import open_cache
 from dflash_jax.check import CheckConfig, check
 from dflash_jax.core import InputError, load_tensors, no_progress, read_json, read_jsonl, sha256_file, write_json
 from dflash_jax.decode import Decoder
-from dflash_jax.drafter import load_drafter, save_drafter
+from dflash_jax.drafter import load_drafter, save_drafter, with_draft_vocabulary
 from dflash_jax.generate import ResponsesConfig, generate_responses
 from dflash_jax.targets import load_target
 from dflash_jax.text import load_tokenizer
@@ -161,7 +161,7 @@ def test_json(tmp_path, target_folder, cache_folder, cache, drafter_folder, resu
     found = check(some_config(target_folder, cache_folder, folder))
     assert json.loads(json.dumps(found, allow_nan=False)) == found
     assert set(found) == GROUP | {
-        "seen", "unseen", "by_ctx_pos_start", "block_size", "cache", "drafter",
+        "seen", "unseen", "by_ctx_pos_start", "block_size", "draft_vocab_size", "cache", "drafter",
         "accept_len_by_offset_difference", "by_context_length", "by_prompt_set", "by_slot", "anchors", "num_departures",
         "num_response_tokens", "comparison", "checks", "warnings", "record",
     }  # fmt: skip
@@ -171,6 +171,7 @@ def test_json(tmp_path, target_folder, cache_folder, cache, drafter_folder, resu
         assert set(group) == GROUP
         assert set(group["replay"]) == REPLAY
     assert (found["block_size"], found["cache"], found["drafter"]) == (5, str(cache_folder), str(folder))
+    assert found["draft_vocab_size"] is None
     assert found["warnings"] == []
     assert found["record"]["drafter_sha256"] == sha256_file(folder / "model.safetensors")
     # what the groups hold
@@ -312,6 +313,19 @@ def test_smaller_blocks_than_trained_for(target_folder, cache_folder, drafter_fo
     assert (small["block_size"], len(small["survival"])) == (3, 2)
     assert small["num_anchors"] > whole["num_anchors"]
     assert 1 < small["replay"]["tau_micro"] < whole["replay"]["tau_micro"]
+
+
+@pytest.mark.slow
+def test_a_draft_vocabulary_is_compared_with_the_whole(tmp_path, target_folder, cache_folder, cache, drafter_folder):
+    """Labels outside it are lost where the whole vocabulary had them, and nothing else is."""
+    labels = np.concatenate([one.next_ids[one.prompt_len :] for one in map(cache.sequence, range(cache.num_sequences))])
+    ids = np.setdiff1d(np.arange(len(tiny.TOKENS)), [np.bincount(labels).argmax()])
+    save_drafter(with_draft_vocabulary(load_drafter(drafter_folder), ids), tmp_path)
+    found = check(some_config(target_folder, cache_folder, tmp_path, compare_drafters=(drafter_folder,)))
+    assert [one["draft_vocab_size"] for one in found["checks"]] == [len(ids), None]
+    reduced, whole = found["checks"]
+    assert reduced["token_acc_mean"] < whole["token_acc_mean"]
+    assert reduced["num_unlabelled"] == whole["num_unlabelled"]
 
 
 def test_a_foreign_drafter_at_one_offset(target_folder, cache_folder, drafter_folder):
