@@ -39,7 +39,7 @@ from common import (
 from decode_others import Generate, Zlab, load_hf_target, use_torch
 from decode_work import KINDS, Batch, Runs, new_tokens_of, passes_made, tau_of, weight_bytes
 from dflash_jax.accept import check_block_size
-from dflash_jax.drafter import Drafter, DrafterConfig, init_drafter, load_drafter
+from dflash_jax.drafter import Drafter, DrafterConfig, init_drafter, load_drafter, read_drafter_config
 from dflash_jax.targets import Target, load_target
 from dflash_jax.text import encode_prompts, load_tokenizer
 from target_prefill import SHAPES, random_target
@@ -135,6 +135,8 @@ def load_others(options: argparse.Namespace) -> Others | None:
     """Return what is measured beside ours: transformers' model, and z-lab's loop on it."""
     if options.alone:
         return None
+    if read_drafter_config(options.drafter).draft_vocab_size is not None:
+        raise SystemExit(f"{options.drafter} has a draft vocabulary, which z-lab's loop does not know: give --alone")
     use_torch(options.threads)
     model = load_hf_target(options.target)
     forms = {"transformers": False} | ({} if options.uncompiled else {"transformers_compiled": True})
@@ -353,6 +355,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             "dtype": options.dtype,
             "block_size": block_size,
             "drafter_layers": drafter.config.num_layers,
+            "draft_vocab_size": drafter.config.draft_vocab_size,
             "new_tokens": options.new_tokens,
             "prompt_width": width,
             "target_weight_bytes": weight_bytes(target),

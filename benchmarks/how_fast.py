@@ -51,14 +51,21 @@ class Curve:
 
 
 def read_curves(paths: Sequence[Path]) -> list[Curve]:
-    """Every batch size of every input."""
+    """Every batch size of every input; the size of blocks is in the names where it is not the same everywhere."""
+    documents = [json.loads(path.read_text(encoding="utf-8").strip().splitlines()[-1]) for path in paths]
+    differ = len({document["block_size"] for document in documents}) > 1
     curves = []
-    for path in paths:
-        document = json.loads(path.read_text(encoding="utf-8").strip().splitlines()[-1])
-        device = document["machine"]["device"]
+    for document in documents:
         name = "SmolLM2-135M" if document["drafter"] else document["target"]
+        blocks = f", blocks of {document['block_size']}" if differ else ""
+        tokens = document.get("draft_vocab_size")
+        drafts = f", drafts of {tokens:,} tokens" if tokens else ""
         curves += [
-            Curve(name=f"{name}, {device}, batch {size}", result=result, block_size=document["block_size"])
+            Curve(
+                name=f"{name}, {document['machine']['device']}, batch {size}{blocks}{drafts}",
+                result=result,
+                block_size=document["block_size"],
+            )
             for size, result in document["by_batch_size"].items()
         ]
     return curves
@@ -95,6 +102,7 @@ def draw(curves: Sequence[Curve]) -> str:
         parts.append(text(x, y + 18, str(tau), 'text-anchor="middle"'))
     parts.append(text((LEFT + WIDTH - RIGHT) / 2, HEIGHT - 14, "tau (tokens per row and target pass)",
                       'text-anchor="middle"'))  # fmt: skip
+    y_name = TOP + 14.0
     for number, curve in enumerate(curves):
         colour = COLOURS[number % len(COLOURS)]
         (x1, y1), (x2, y2) = (place(tau, tau * curve.per_tau) for tau in (1, curve.block_size))
@@ -107,9 +115,10 @@ def draw(curves: Sequence[Curve]) -> str:
                 if own
                 else f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3.5" fill="white" stroke="{colour}" stroke-width="2"/>'
             )
-        for line, words in enumerate(curve.name.split(", ")):
-            y = TOP + 14 + 52 * number + 15 * line
-            parts.append(text(WIDTH - RIGHT + 14, y, words, f'fill="{colour}" font-weight="bold"'))
+        for words in curve.name.split(", "):
+            parts.append(text(WIDTH - RIGHT + 14, y_name, words, f'fill="{colour}" font-weight="bold"'))
+            y_name += 15
+        y_name += 7
     return "\n".join([*parts, "</svg>", ""])
 
 

@@ -1,6 +1,7 @@
 """The decoding benchmarks on tiny shapes: they run, and their numbers are what their names say."""
 
 import json
+import re
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -126,6 +127,27 @@ def test_random_shapes_run_and_are_drawn(tmp_path, capsys, monkeypatch):
     figure = (tmp_path / "images" / "f.svg").read_text()
     assert figure.count("<circle") == 2
     assert figure.count("<path") == 1
+
+
+def test_curves_are_named_by_what_differs(tmp_path):
+    document = json.loads(
+        (Path(__file__).parents[2] / "docs" / "results" / "decode-smollm2-cpu-batch-1.json")
+        .read_text()
+        .splitlines()[-1]
+    )
+    paths = [tmp_path / "whole.json", tmp_path / "part.json"]
+    paths[0].write_text(json.dumps(document))
+    paths[1].write_text(json.dumps(document | {"block_size": 4, "draft_vocab_size": 4096}))
+    assert [curve.name for curve in how_fast.read_curves(paths[:1])] == ["SmolLM2-135M, cpu, batch 1"]
+    named = how_fast.read_curves(paths)
+    assert [curve.name for curve in named] == [
+        "SmolLM2-135M, cpu, batch 1, blocks of 8",
+        "SmolLM2-135M, cpu, batch 1, blocks of 4, drafts of 4,096 tokens",
+    ]
+    # one below the other in the figure
+    heights = [float(y) for y in re.findall(r'<text x="584.0" y="([\d.]+)"', how_fast.draw(named))]
+    assert len(heights) == 9
+    assert (np.diff(heights) >= 15).all()
 
 
 def test_a_speedup_in_the_millions_is_drawn_with_a_few_lines():
