@@ -87,7 +87,7 @@ CASES = {
         "seed": 13, "block_size": 2, "max_new_tokens": 7, "max_positions": 24, "num_layers": 1, "num_heads": 3,
     },
     "a draft vocabulary": {
-        "seed": 14, "block_size": 3, "max_new_tokens": 20, "max_positions": 69, "num_layers": 1, "draft_ids": (0, 2, 4),
+        "seed": 14, "block_size": 3, "max_new_tokens": 20, "max_positions": 69, "num_layers": 1, "draft_ids": (2, 3, 4),
     },
 }  # fmt: skip
 
