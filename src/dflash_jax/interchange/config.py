@@ -80,7 +80,7 @@ class DrafterExportConfig:
     """speculators only: what its config calls the target, such as a Hugging Face id; default: --target."""
     draft_vocab: int | None = None
     """Draft from so many tokens, those most frequent among the labels of --cache's responses: a draft then meets a part
-    of the target's head. 8192 of 49152 make a draft of SmolLM2 nearly half as long. Default: all, or what the drafter
+    of the target's head. 4096 of 49152 make a draft of SmolLM2 half as long. Default: all, or what the drafter
     has. The trained weights stay as they are; `check --compare-drafters` says what it costs."""
     cache: Path | None = None
     """With --draft-vocab: the cache whose labels are counted; use the one trained on, not the one checked on."""
