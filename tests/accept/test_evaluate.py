@@ -86,6 +86,10 @@ CASES = {
     "smallest blocks": {
         "seed": 13, "block_size": 2, "max_new_tokens": 7, "max_positions": 24, "num_layers": 1, "num_heads": 3,
     },
+    "sliding layers": {
+        "seed": 21, "block_size": 5, "max_new_tokens": None, "max_positions": 1000, "sliding_window": 4,
+        "sliding_layers": (1,),
+    },
     "a draft vocabulary": {
         "seed": 14, "block_size": 3, "max_new_tokens": 20, "max_positions": 69, "num_layers": 1, "draft_ids": (2, 3, 4),
     },

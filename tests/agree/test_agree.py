@@ -1,5 +1,6 @@
 """Equal at every offset where all is sound; each fault, put in through a real setting or a changed cache, is named."""
 
+import dataclasses
 import json
 import shutil
 
@@ -114,6 +115,19 @@ def test_with_a_draft_vocabulary_too(sound, cache, drafter, tmp_path, mesh):
     # decoding with the whole vocabulary is another drafter's, and is told apart
     served = adds_up(run(cache, tmp_path, served_drafter=drafter))
     assert served["num_equal"] < served["num_blocks"]
+    assert served["causes"].keys() == {"drafter"}
+
+
+@pytest.mark.slow
+def test_with_sliding_layers_too(sound, cache, drafter, tmp_path):
+    """Decoding's blocks see the window that the replay's do, at every offset; as full attention they are another's."""
+    model = load_drafter(drafter)
+    config = dataclasses.replace(model.config, sliding_window=4, sliding_layers=(0,))
+    save_drafter(dataclasses.replace(model, config=config), tmp_path)
+    found = adds_up(run(cache, tmp_path))
+    assert (found["num_equal"], found["differences"]) == (found["num_blocks"], [])
+    assert found["replay"] != sound["replay"]
+    served = adds_up(run(cache, tmp_path, served_drafter=drafter))
     assert served["causes"].keys() == {"drafter"}
 
 

@@ -182,13 +182,24 @@ def test_the_fingerprint_is_of_the_weights(folder, tmp_path_factory):
     [
         ({"architectures": ["LlamaForCausalLM"]}, r"architectures is \['LlamaForCausalLM'\], a DFlash drafter has"),
         ({"architectures": "remove"}, r"config\.json: architectures is None"),
-        ({"layer_types": ["full_attention", "sliding_attention"]}, r"not handled: layer_types has 'sliding_attention'"),
+        ({"layer_types": ["full_attention", "chunked_attention"]}, r"not handled: layer_types has 'chunked_attention'"),
+        (
+            {"layer_types": ["full_attention", "sliding_attention"]},
+            r"sliding_window is None and use_sliding_window False: a window of at least 1 and true are needed",
+        ),
+        (
+            {"layer_types": ["sliding_attention"] * 2, "sliding_window": 9},
+            r"sliding_window is 9 and use_sliding_window False",
+        ),
+        ({"sliding_window": 9, "use_sliding_window": True}, "sliding_window is 9, and layer_types names no layer"),
+        ({"layer_types": ["full_attention"]}, "layer_types has 1 layers of 2"),
+        ({"is_causal": True, "dflash_config": {"causal": False}}, "one of true and false is needed"),
         (
             {"rope_scaling": {"rope_type": "yarn", "factor": 32.0}},
             r"rope_scaling\.original_max_position_embeddings is missing",
         ),
         ({"rope_parameters": {"rope_type": "ntk", "rope_theta": 9.0}}, r"rope_parameters\.rope_type is 'ntk'; handled"),
-        ({"hidden_act": "gelu", "sliding_window": 7}, r"hidden_act is 'gelu'; sliding_window is 7$"),
+        ({"hidden_act": "gelu", "logit_scale": 7}, r"hidden_act is 'gelu'; logit_scale is 7$"),
         ({"dflash_config": {"use_swa": True}}, r"dflash_config\.use_swa is True"),
         ({"dflash_config": {"output_multiplier": 0.5}}, r"dflash_config\.output_multiplier is 0\.5"),
         ({"final_logit_softcapping": 30.0}, r"not handled: final_logit_softcapping is 30\.0"),
@@ -245,3 +256,31 @@ def test_truncated_weights(folder):
     path.write_bytes(path.read_bytes()[:-8])
     with pytest.raises(InputError, match="the drafter's weights is truncated or damaged"):
         load_drafter(folder)
+
+
+@pytest.mark.parametrize(
+    ("changes", "written"),
+    [
+        (
+            {"sliding_window": 7, "sliding_layers": (1,)},
+            {
+                "layer_types": ["full_attention", "sliding_attention"],
+                "sliding_window": 7,
+                "use_sliding_window": True,
+                "is_causal": None,
+            },
+        ),
+        ({"is_causal": False}, {"is_causal": False, "use_sliding_window": False, "sliding_window": None}),
+    ],
+)
+def test_sliding_layers_are_written_as_every_reader_looks_for_them(tmp_path, changes, written):
+    config = tiny.tiny_drafter_config(**changes)
+    save_drafter(tiny.random_drafter(config), tmp_path)
+    raw = json.loads((tmp_path / "config.json").read_text())
+    assert {name: raw.get(name) for name in written} == written
+    assert read_drafter_config(tmp_path) == config
+
+
+def test_a_window_that_is_not_used_is_none(folder):
+    change_config(folder, sliding_window=4096, use_sliding_window=False)
+    assert read_drafter_config(folder).sliding_window is None

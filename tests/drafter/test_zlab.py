@@ -14,12 +14,22 @@ YARN = YarnScaling(factor=8.0, original_max_position_embeddings=32, beta_fast=4.
 LLAMA3 = Llama3Scaling(factor=4.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=32)
 
 
-# gpt-oss's drafters have biases and YaRN
+# gpt-oss's drafters have biases and YaRN; Qwen3.6's have sliding layers and a full one
 @pytest.mark.parametrize(
-    ("attention_bias", "rope_scaling"), [(False, None), (True, None), (True, YARN), (False, LLAMA3)]
+    "changes",
+    [
+        {},
+        {"attention_bias": True},
+        {"attention_bias": True, "rope_scaling": YARN},
+        {"rope_scaling": LLAMA3},
+        {"sliding_window": 6, "sliding_layers": (0,)},
+        {"sliding_window": 3, "sliding_layers": (0, 1)},
+        {"sliding_window": 4, "sliding_layers": (1,), "is_causal": False},
+        {"is_causal": True},
+    ],
 )
-def test_drafter_outputs_are_z_lab_s(tmp_path, attention_bias, rope_scaling):
-    drafter = tiny.random_drafter(tiny.tiny_drafter_config(attention_bias=attention_bias, rope_scaling=rope_scaling))
+def test_drafter_outputs_are_z_lab_s(tmp_path, changes):
+    drafter = tiny.random_drafter(tiny.tiny_drafter_config(**changes))
     save_drafter(drafter, tmp_path)
     theirs = zlab.load_zlab_drafter(tmp_path)
     assert (theirs.block_size, theirs.mask_token_id, theirs.target_layer_ids) == (5, tiny.MASK_ID, [1, 3])

@@ -22,8 +22,14 @@ from support import tiny, tiny_chain
 WORKER = Path(__file__).parents[1] / "support" / "speculators_drafter.py"
 YARN = YarnScaling(factor=4.0, original_max_position_embeddings=32, truncate=False)
 LLAMA3 = Llama3Scaling(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=64)
-# rotary scaling, and whether attention has biases
-VARIANTS = {"plain": (None, False), "llama3": (LLAMA3, False), "yarn": (YARN, True), "reduced": (None, False)}
+VARIANTS = {
+    "plain": {},
+    "llama3": {"rope_scaling": LLAMA3},
+    "yarn": {"rope_scaling": YARN, "attention_bias": True},
+    "reduced": {},
+    # causal in one layer; the window is longer than the texts, at whose edge speculators differs
+    "sliding": {"sliding_window": 64, "sliding_layers": (1,)},
+}
 
 
 @pytest.fixture
@@ -185,8 +191,8 @@ def test_a_draft_vocabulary_that_is_said_in_two_ways_is_refused(reduced, tmp_pat
 def theirs(tmp_path_factory, target_folder, cache):
     """What speculators itself made of our folders: logits of exports by variant, and a folder that it converted."""
     folder, jobs = tmp_path_factory.mktemp("speculators"), []
-    for name, (scaling, bias) in VARIANTS.items():
-        run = write_drafter(folder / name, rope_scaling=scaling, attention_bias=bias)
+    for name, changes in VARIANTS.items():
+        run = write_drafter(folder / name, **changes)
         vocabulary = {"draft_vocab": 9, "cache": cache} if name == "reduced" else {}
         out = exported(run, folder / f"{name}-out", target_folder, **vocabulary)
         np.savez(folder / f"{name}-in.npz", **random_blocks(load_drafter(run).config))
@@ -282,11 +288,26 @@ def test_what_would_draft_otherwise_is_refused_by_name(run, tmp_path, target_fol
     assert not (tmp_path / "back").exists()
 
 
-def test_sliding_windows_of_speculators_are_refused(run, tmp_path, target_folder):
+@pytest.mark.parametrize(("is_causal", "non_causal"), [(None, False), (False, True)])
+def test_sliding_layers_go_to_speculators_and_back(tmp_path, target_folder, is_causal, non_causal):
+    run = write_drafter(tmp_path / "run", sliding_window=6, sliding_layers=(0,), is_causal=is_causal)
     folder = exported(run, tmp_path / "out", target_folder)
-    edit(folder, lambda config: config["transformer_layer_config"].update(layer_types=["sliding_attention"] * 2))
-    with pytest.raises(InputError, match="sliding_attention"):
-        import_drafter(DrafterImportConfig(drafter=folder, out=tmp_path / "back", target=target_folder))
+    config = read_json(folder / "config.json", what="config")
+    assert config["sliding_window_non_causal"] is non_causal
+    inner = config["transformer_layer_config"]
+    assert inner["layer_types"] == ["sliding_attention", "full_attention"]
+    assert (inner["sliding_window"], inner["use_sliding_window"]) == (6, True)
+    assert "is_causal" not in inner
+    import_drafter(DrafterImportConfig(drafter=folder, out=tmp_path / "back", target=target_folder))
+    assert read_drafter_config(tmp_path / "back") == read_drafter_config(run)
+    (said,) = read_json(folder / "record.json", what="record")["result"]["warnings"]
+    assert said.startswith("layers 0 slide over 6 tokens: TPU servers run them as full attention")
+
+
+def test_full_layers_that_are_causal_are_no_layout_of_speculators(tmp_path, target_folder):
+    run = write_drafter(tmp_path / "run", is_causal=True)
+    with pytest.raises(InputError, match="is_causal is true, for every layer"):
+        exported(run, tmp_path / "out", target_folder)
 
 
 def with_ends(folder, target, *, change=0.0):

@@ -10,7 +10,7 @@ from dflash_jax.nn import blocks as blocks_module
 from oracles import attention as oracle
 from support.jaxprs import largest_array
 
-blocks = jax.jit(block_attention)
+blocks = jax.jit(block_attention, static_argnames=("window", "causal"))
 
 
 def normal(seed, *shape):
@@ -24,10 +24,10 @@ def block_inputs(*, anchors=3, block=4, heads=6, kv_heads=2, context=5, head_dim
     return q, (context_k, context_v), (block_k, block_v)
 
 
-def run_blocks(q, context, context_lengths, block, block_lengths):
-    lengths = (jnp.array(some, jnp.int32) for some in (context_lengths, block_lengths))
+def run_blocks(q, context, context_lengths, block, block_lengths, **sight):
+    lengths = [jnp.array(some, jnp.int32) for some in (context_lengths, block_lengths)]
     return np.asarray(
-        blocks(jnp.asarray(q), *map(jnp.asarray, context), next(lengths), *map(jnp.asarray, block), next(lengths))
+        blocks(jnp.asarray(q), *map(jnp.asarray, context), lengths[0], *map(jnp.asarray, block), lengths[1], **sight)
     )
 
 
@@ -42,6 +42,74 @@ def test_block_attention_is_the_plain_loop(heads, kv_heads):
     got = run_blocks(q, context, [0, 3, 5], block, [4, 2, 3])
     want = oracle.block_attention(q, context, first([0, 3, 5], 5), block, first([4, 2, 3], 4))
     np.testing.assert_allclose(got, want, atol=1e-6)  # measured 2.3e-7
+
+
+def in_sight(contexts, lengths, *, rows, block, window, causal):
+    """What every slot sees of the context and of its block, token by token."""
+    far = np.zeros((len(contexts), block, rows), bool)
+    near = np.zeros((len(contexts), block, block), bool)
+    for a, anchor in enumerate(contexts):
+        for slot in range(block):
+            for token in range(anchor + lengths[a]):
+                ahead = token - (anchor + slot)
+                seen = (window is None or abs(ahead) < window) and not (causal and ahead > 0)
+                if token < anchor:
+                    far[a, slot, token] = seen
+                else:
+                    near[a, slot, token - anchor] = seen
+    return far, near
+
+
+SIGHTS = [(1, True), (3, True), (3, False), (4, True), (None, True), (99, False)]
+
+
+@pytest.mark.parametrize(("window", "causal"), SIGHTS)
+def test_a_window_and_causality_are_the_plain_loop(window, causal):
+    q, context, block = block_inputs(context=9, anchors=4)
+    contexts, lengths = [0, 3, 9, 7], [4, 2, 3, 4]
+    got = run_blocks(q, context, contexts, block, lengths, window=window, causal=causal)
+    far, near = in_sight(contexts, lengths, rows=9, block=4, window=window, causal=causal)
+    exist = np.arange(4)[None] < np.array(lengths)[:, None]
+    want = oracle.block_attention(q, context, far, block, near)
+    np.testing.assert_allclose(got[exist], want[exist], atol=1e-6)
+
+
+@pytest.mark.parametrize("limit", [2**21, 3 * 4 * 6 * 9])
+def test_gradients_with_a_window_are_jaxs_of_the_dense_softmax(limit, monkeypatch):
+    monkeypatch.setattr("dflash_jax.nn.blocks.SCORES_PER_CHUNK", limit)
+    q, context, block = block_inputs(context=9, anchors=7)
+    contexts, lengths, weights = [1, 3, 5, 6, 7, 8, 9], [4, 4, 2, 4, 3, 4, 4], normal(9, *q.shape)
+    exist = np.arange(4)[None] < np.array(lengths)[:, None]
+    weights = weights * exist[:, :, None, None]
+    far, near = in_sight(contexts, lengths, rows=9, block=4, window=3, causal=True)
+    trees = jax.tree.map(jnp.asarray, (q, context, block))
+
+    def ours(q, context, block):
+        counts = jnp.array(contexts, jnp.int32), jnp.array(lengths, jnp.int32)
+        out = block_attention(q, *context, counts[0], *block, counts[1], window=3, causal=True)
+        return jnp.sum(out * weights)
+
+    def dense(q, context, block):
+        k, v = (jnp.repeat(part, 3, axis=0) for part in context)
+        own_k, own_v = (jnp.repeat(part, 3, axis=2) for part in block)
+        scores = jnp.concatenate(
+            [
+                jnp.where(far[:, None], jnp.einsum("ashd,hcd->ahsc", q, k), -jnp.inf),
+                jnp.where(near[:, None], jnp.einsum("ashd,athd->ahst", q, own_k), -jnp.inf),
+            ],
+            axis=-1,
+        )
+        # a slot that does not exist may see nothing: what it gives is not looked at
+        scores = jnp.where(exist[:, None, :, None], scores, 0.0)
+        shares = jax.nn.softmax(scores / 2, axis=-1)
+        out = jnp.einsum("ahsc,hcd->ashd", shares[..., :9], v) + jnp.einsum("ahst,athd->ashd", shares[..., 9:], own_v)
+        return jnp.sum(out * weights)
+
+    got = jax.jit(jax.value_and_grad(ours, argnums=(0, 1, 2)))(*trees)
+    want = jax.value_and_grad(dense, argnums=(0, 1, 2))(*trees)
+    assert float(got[0]) == pytest.approx(float(want[0]), rel=1e-5)
+    for mine, wanted in zip(jax.tree.leaves(got[1]), jax.tree.leaves(want[1]), strict=True):
+        np.testing.assert_allclose(mine, wanted, atol=2e-6 * max(1, np.abs(wanted).max()))
 
 
 DRAWN = """
@@ -196,8 +264,10 @@ def test_scores_and_masks_exist_for_a_chunk_of_blocks_alone():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("group", [64, 3, 1])
-@pytest.mark.parametrize("context", [20, 21])
-def test_attention_by_the_library_is_ours_forward_and_backward(group, context, monkeypatch):
+@pytest.mark.parametrize(
+    ("context", "sight"), [(20, {}), (21, {}), (20, {"window": 3, "causal": True}), (21, {"window": 5})]
+)
+def test_attention_by_the_library_is_ours_forward_and_backward(group, context, sight, monkeypatch):
     """What an NVIDIA GPU runs, by the implementation that every device has; some blocks see nothing."""
     monkeypatch.setattr(blocks_module, "BLOCKS_PER_GROUP", group)
     draw = np.random.default_rng(0)
@@ -209,11 +279,11 @@ def test_attention_by_the_library_is_ours_forward_and_backward(group, context, m
     weights = normal(6, *q.shape)
 
     def ours(q, context_k, context_v, own_k, own_v):
-        return block_attention(q, context_k, context_v, contexts, own_k, own_v, lengths)
+        return block_attention(q, context_k, context_v, contexts, own_k, own_v, lengths, **sight)
 
     def library(q, context_k, context_v, own_k, own_v):
         own, shared = (own_k, own_v), (context_k, context_v)
-        return blocks_module._by_library(q, shared, contexts, own, lengths, implementation="xla")
+        return blocks_module._by_library(q, shared, contexts, own, lengths, implementation="xla", **sight)
 
     def run(way):
         both = jax.value_and_grad(lambda *some: (out := way(*some), (out * weights).sum())[::-1], has_aux=True,

@@ -51,17 +51,21 @@ def block_attention(
     """Attention of blocks over their context and themselves.
 
     Shapes: q [anchor, slot, heads, d]; keys and values of the context [kv_heads, context, d], of the blocks
-    [anchor, slot, kv_heads, d].
+    [anchor, slot, kv_heads, d]; what is visible [anchor, key], or [anchor, slot, key] where slots see different keys.
     """
     q = np.asarray(q, np.float64)
     context_k, context_v = (np.asarray(part, np.float64) for part in context)
     block_k, block_v = (np.asarray(part, np.float64) for part in block)
     heads_per_kv = q.shape[2] // context_k.shape[0]
+    context_visible, block_visible = (
+        seen if seen.ndim == 3 else np.repeat(seen[:, None], q.shape[1], axis=1)
+        for seen in (np.asarray(context_visible), np.asarray(block_visible))
+    )
     out = np.zeros(q.shape)
     for a, i, h in np.ndindex(q.shape[:3]):
         shared = h // heads_per_kv
-        rows = [row for row in range(context_k.shape[1]) if context_visible[a, row]]
-        slots = [slot for slot in range(block_k.shape[1]) if block_visible[a, slot]]
+        rows = [row for row in range(context_k.shape[1]) if context_visible[a, i, row]]
+        slots = [slot for slot in range(block_k.shape[1]) if block_visible[a, i, slot]]
         keys = [context_k[shared, r] for r in rows] + [block_k[a, s, shared] for s in slots]
         values = [context_v[shared, r] for r in rows] + [block_v[a, s, shared] for s in slots]
         out[a, i, h] = attend(q[a, i, h], keys, values)

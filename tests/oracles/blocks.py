@@ -69,6 +69,8 @@ def draft_block(
         features: `[anchor, K*H]` features of the tokens before the anchor.
         first_position: absolute position of the first feature row.
         block_shift: added to the position of every slot, and to no feature row's.
+
+    Layers slide and are causal as `layer_types`, `sliding_window` and `is_causal` say.
     """
     eps, theta, d = config["rms_norm_eps"], config["rope_theta"], config["head_dim"]
     heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
@@ -89,15 +91,22 @@ def draft_block(
             for row, at in rows
         ]
         values = [project("v_proj", row) for row, _ in rows]
+        slides = config["layer_types"][layer] == "sliding_attention"
+        causal = slides if config.get("is_causal") is None else config["is_causal"]
         attended = []
         for k, row in enumerate(normed):
             parts = []
             for head, q in enumerate(project("q_proj", row)):
                 q = _rotate(_norm(q, w["self_attn.q_norm.weight"], eps), anchor_position + k, theta)
                 kv = head // (heads // kv_heads)
-                scores = np.array([q @ key[kv] / np.sqrt(d) for key in keys])
+                here, seen = len(features) + k, []
+                for there in range(len(keys)):
+                    near = not slides or abs(here - there) < config["sliding_window"]
+                    if near and (not causal or there <= here):
+                        seen.append(there)
+                scores = np.array([q @ keys[there][kv] / np.sqrt(d) for there in seen])
                 shares = np.exp(scores - scores.max())
-                parts.append(sum(s * v[kv] for s, v in zip(shares / shares.sum(), values, strict=True)))
+                parts.append(sum(s * values[there][kv] for s, there in zip(shares / shares.sum(), seen, strict=True)))
             out = w["self_attn.o_proj.weight"] @ np.concatenate(parts)
             attended.append(out + w.get("self_attn.o_proj.bias", 0.0))
         x = x + np.array(attended)

@@ -67,6 +67,11 @@ def full_compiles():
         (WIDER, {"sequences_per_step": 2, "anchors_per_sequence": 32, "remat": True}, 256),
         (SMOLLM2, {"sequences_per_step": 1, "anchors_per_sequence": 256}, 1024),
         (SMOLLM2, {"sequences_per_step": 1, "anchors_per_sequence": 256, "sampled_vocab": 4096}, 1024),
+        (
+            WIDER | {"sliding_window": 64, "sliding_layers": (0, 1, 2)},
+            {"sequences_per_step": 2, "anchors_per_sequence": 32},
+            256,
+        ),
     ],
 )
 def test_what_is_said_is_within_15_percent_of_what_xla_needs(shape, settings, width):

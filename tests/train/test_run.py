@@ -215,6 +215,37 @@ def test_fine_tuning_leaves_a_draft_vocabulary_behind(tmp_path, run, target_fold
     assert load_drafter(tmp_path / "out" / "last").draft_ids is None
 
 
+@pytest.mark.slow
+def test_a_drafter_with_sliding_layers_learns_and_is_tuned_as_it_is(tmp_path, target_folder, cache):
+    settings = {"num_layers": 2, "sliding_window": 9, "full_layers": (1,), "steps": 8, "checkpoint_every": 8}
+    train(tiny_chain.train_config(target_folder, cache, tmp_path / "out", **settings))
+    config = read_drafter_config(tmp_path / "out" / "last")
+    assert (config.sliding_window, config.sliding_layers) == (9, (0,))
+    rows = rows_of(tmp_path / "out")
+    assert rows[-1]["loss"] < rows[0]["loss"]
+    tuned = {"init_from": tmp_path / "out" / "last", "num_layers": None, "block_size": None, "steps": 1}
+    train(tiny_chain.train_config(target_folder, cache, tmp_path / "child", **tuned))
+    assert read_drafter_config(tmp_path / "child" / "last") == config
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"sliding_window": 0}, "--sliding-window is 0"),
+        ({"full_layers": (1,)}, "give --sliding-window with it"),
+        ({"sliding_window": 4, "init_from": Path("a")}, "--sliding-window is for new drafters"),
+        (
+            {"sliding_window": 4, "full_layers": (2,), "num_layers": 2},
+            "--full-layers is 2: the drafter has layers 0 to 1",
+        ),
+    ],
+)
+def test_layers_that_cannot_slide_are_refused(tmp_path, target_folder, cache, settings, said):
+    with pytest.raises(InputError, match=said):
+        train(tiny_chain.train_config(target_folder, cache, tmp_path / "out", **settings))
+    assert not (tmp_path / "out").exists()
+
+
 def test_mask_token_outside_the_vocabulary(tmp_path, target_folder, cache):
     with pytest.raises(InputError, match=r"^--mask-token-id is 53: the target's vocabulary is 0 to 52$"):
         train(tiny_chain.train_config(target_folder, cache, tmp_path / "out", mask_token_id=53))

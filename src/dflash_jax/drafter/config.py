@@ -10,11 +10,7 @@ from dflash_jax.nn import Rope, RopeScaling, read_rope, scaling_to_json
 # Fields that would change the maths, and the only values handled. z-lab's reader looks in `dflash_config` and above it.
 _NEUTRAL = {
     "hidden_act": (None, "silu"),
-    "sliding_window": (None,),
-    "use_sliding_window": (None, False),
     "use_swa": (None, False),
-    "is_causal": (None, False),
-    "causal": (None, False),
     "input_embedding_scale": (None, 1),
     "output_multiplier": (None, 1),
     "logit_scale": (None, 1),
@@ -45,6 +41,9 @@ class DrafterConfig:
         num_target_layers: decoder layers of the target.
         vocab_size: the target's vocabulary.
         draft_vocab_size: tokens that drafts are chosen among; None: the whole vocabulary.
+        sliding_window: tokens that a slot of a sliding layer looks back, itself included; None: no layer slides.
+        sliding_layers: layers that slide, rising.
+        is_causal: whether slots see their block up to themselves alone, in every layer; None: in sliding layers.
         rope_scaling: how the rotary frequencies are stretched; None: not at all.
         rope_precision: how angles are computed, see `nn.Rope`; a setting of ours, not of the checkpoint.
     """
@@ -65,6 +64,9 @@ class DrafterConfig:
     num_target_layers: int
     vocab_size: int
     draft_vocab_size: int | None = None
+    sliding_window: int | None = None
+    sliding_layers: tuple[int, ...] = ()
+    is_causal: bool | None = None
     rope_scaling: RopeScaling | None = None
     rope_precision: str = "exact"
 
@@ -74,6 +76,14 @@ class DrafterConfig:
         return Rope(
             theta=self.rope_theta, head_dim=self.head_dim, scaling=self.rope_scaling, precision=self.rope_precision
         )
+
+    def window_of(self, layer: int) -> int | None:
+        """How far a layer's slots look back, tokens; None: to the text's beginning."""
+        return self.sliding_window if layer in self.sliding_layers else None
+
+    def is_causal_layer(self, layer: int) -> bool:
+        """Whether a layer's slots see their own block up to themselves alone."""
+        return layer in self.sliding_layers if self.is_causal is None else self.is_causal
 
     @property
     def num_features(self) -> int:
@@ -87,8 +97,9 @@ class DrafterConfig:
         out `auto_map` (no code travels with the checkpoint) and the target's bos and eos ids, and in
         `draft_vocab_size` where the drafter has a draft vocabulary (speculators' name).
         """
-        reduced = {} if self.draft_vocab_size is None else {"draft_vocab_size": self.draft_vocab_size}
-        return reduced | {
+        settings = {"draft_vocab_size": self.draft_vocab_size, "is_causal": self.is_causal}
+        kinds = ("full_attention", "sliding_attention")
+        return {name: value for name, value in settings.items() if value is not None} | {
             "architectures": ["DFlashDraftModel"],
             "attention_bias": self.attention_bias,
             "attention_dropout": 0.0,
@@ -100,7 +111,7 @@ class DrafterConfig:
             "hidden_size": self.hidden_size,
             "initializer_range": 0.02,
             "intermediate_size": self.intermediate_size,
-            "layer_types": ["full_attention"] * self.num_layers,
+            "layer_types": [kinds[layer in self.sliding_layers] for layer in range(self.num_layers)],
             "max_position_embeddings": self.max_positions,
             "max_window_layers": self.num_layers,
             "model_type": "qwen3",
@@ -111,10 +122,10 @@ class DrafterConfig:
             "rms_norm_eps": self.rms_norm_eps,
             "rope_scaling": scaling_to_json(self.rope_scaling),
             "rope_theta": self.rope_theta,
-            "sliding_window": None,
+            "sliding_window": self.sliding_window,
             "tie_word_embeddings": False,
             "use_cache": True,
-            "use_sliding_window": False,
+            "use_sliding_window": bool(self.sliding_layers),
             "vocab_size": self.vocab_size,
         }
 
@@ -127,9 +138,45 @@ def _check_neutral(raw: dict[str, Any], where: Path) -> None:
         for name, allowed in _NEUTRAL.items()
         if values.get(name) not in allowed
     ]
-    problems += [f"layer_types has {kind!r}" for kind in sorted(set(raw.get("layer_types") or ()) - {"full_attention"})]
+    kinds = set(raw.get("layer_types") or ()) - {"full_attention", "sliding_attention"}
+    problems += [f"layer_types has {kind!r}" for kind in sorted(kinds)]
     if problems:
         raise InputError(f"{where}: not handled: {'; '.join(problems)}")
+
+
+def _read_sight(raw: dict[str, Any], where: Path) -> dict[str, Any]:
+    """`sliding_window`, `sliding_layers` and `is_causal` of a config.
+
+    Raises:
+        InputError: settings of which engines would make different things.
+    """
+    types, window, used = raw.get("layer_types"), raw.get("sliding_window"), raw.get("use_sliding_window")
+    sliding = tuple(layer for layer, kind in enumerate(types or ()) if kind == "sliding_attention")
+    causal = {
+        level.get(name)
+        for level in (raw, raw.get("dflash_config") or {})
+        for name in ("is_causal", "causal")
+        if level.get(name) is not None
+    }
+    problems = []
+    if sliding and (type(window) is not int or window < 1 or used is False):
+        problems.append(
+            f"layer_types has 'sliding_attention', sliding_window is {window!r} and use_sliding_window {used!r}: a "
+            "window of at least 1 and true are needed"
+        )
+    if not sliding and window is not None and used is not False:
+        problems.append(f"sliding_window is {window!r}, and layer_types names no layer that slides")
+    if types is not None and len(types) != raw.get("num_hidden_layers"):
+        problems.append(f"layer_types has {len(types)} layers of {raw.get('num_hidden_layers')!r}")
+    if len(causal) > 1 or not causal <= {True, False}:
+        problems.append(f"is_causal and causal are {sorted(map(str, causal))}: one of true and false is needed")
+    if problems:
+        raise InputError(f"{where}: {'; '.join(problems)}")
+    return {
+        "sliding_window": window if sliding else None,
+        "sliding_layers": sliding,
+        "is_causal": causal.pop() if causal else None,
+    }
 
 
 def check_not_last_layer(capture_layers: tuple[int, ...], num_target_layers: int, *, what: str) -> None:
@@ -196,6 +243,7 @@ def parse_drafter_config(raw: Any, *, where: Path) -> DrafterConfig:
     if not found or found[0] != "DFlashDraftModel":
         raise InputError(f"{where}: architectures is {found!r}, a DFlash drafter has ['DFlashDraftModel']")
     _check_neutral(raw, where)
+    sight = _read_sight(raw, where)
     dflash = raw.get("dflash_config") or {}
     rope_theta, rope_scaling, wrong_rope = read_rope(raw)
     if wrong_rope or rope_theta is None:
@@ -223,6 +271,7 @@ def parse_drafter_config(raw: Any, *, where: Path) -> DrafterConfig:
             num_target_layers=int(raw["num_target_layers"]),
             vocab_size=int(raw["vocab_size"]),
             draft_vocab_size=None if reduced is None else int(reduced),
+            **sight,
         )
     except KeyError as error:
         raise InputError(f"{where}: {error.args[0]} is missing") from error

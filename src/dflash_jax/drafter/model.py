@@ -171,15 +171,17 @@ def _run_layer(
     cos_sin: tuple[Float[Array, "*batch anchor block half_dim"], Float[Array, "*batch anchor block half_dim"]],
     *,
     head_dim: int,
+    window: int | None = None,
+    causal: bool = False,
 ) -> Float[Array, "*batch anchor block hidden"]:
-    """One layer over the slots; `lengths` are those of the contexts and of the blocks."""
+    """One layer over the slots; `lengths` are the contexts' and the blocks', for the rest see `block_attention`."""
     attention, y = layer.self_attn, layer.input_layernorm(x)
     q, k, v = (
         projection(y).reshape(*y.shape[:-1], -1, head_dim)
         for projection in (attention.q_proj, attention.k_proj, attention.v_proj)
     )
     q, k = apply_rope(attention.q_norm(q), cos_sin), apply_rope(attention.k_norm(k), cos_sin)
-    attended = block_attention(q, kv.k, kv.v, lengths[0], k, v, lengths[1])
+    attended = block_attention(q, kv.k, kv.v, lengths[0], k, v, lengths[1], window=window, causal=causal)
     x = x + attention.o_proj(attended.reshape(*y.shape[:-1], -1))
     return x + layer.mlp(layer.post_attention_layernorm(x))
 
@@ -207,8 +209,10 @@ def draft_hidden(
     """
     cos_sin = rope_cos_sin(drafter.config.rope, positions)
     x = slots.astype(compute.dtype or drafter.fc.weight.dtype)
-    run = compute.kept(partial(_run_layer, head_dim=drafter.config.head_dim))
-    for layer, kv in zip(drafter.layers, context, strict=True):
+    config = drafter.config
+    for number, (layer, kv) in enumerate(zip(drafter.layers, context, strict=True)):
+        sight = {"window": config.window_of(number), "causal": config.is_causal_layer(number)}
+        run = compute.kept(partial(_run_layer, head_dim=config.head_dim, **sight))
         x = run(layer, x, kv, (context_lengths, block_lengths), cos_sin)
     return drafter.norm(x)
 

@@ -60,7 +60,7 @@ _WHAT = "the drafter's weights"
 _SPECULATORS_NEUTRAL = {
     "speculators_model_type": ("dflash",),
     "sample_from_anchor": (None, False),
-    "sliding_window_non_causal": (None, False),
+    "sliding_window_non_causal": (None, False, True),
 }
 # What checkpoints of speculators may carry of the target's: not the drafter's, if it is the target's still.
 _EMBEDDING, _HEAD = "embed_tokens.weight", "lm_head.weight"
@@ -84,6 +84,10 @@ def export_drafter(config: DrafterExportConfig) -> dict[str, Any]:
     """
     check_free(config.out)
     sizes = read_drafter_config(config.drafter)
+    if config.format == "speculators" and sizes.is_causal:
+        raise InputError(
+            f"{config.drafter}: is_causal is true, for every layer: speculators' layout says so of sliding layers alone"
+        )
     if config.target is not None:
         check_fit(sizes, read_target_config(config.target), where=config.drafter)
     drafter, chosen = load_drafter(config.drafter, dtype=jnp.dtype(config.dtype)), {}
@@ -279,6 +283,11 @@ def _warnings(sizes: DrafterConfig, config: DrafterExportConfig) -> list[str]:
             "z-lab's layout has no draft vocabulary: this folder is for dflash-jax's own commands; vLLM serves one of "
             "--format speculators, and SGLang drafts from the whole vocabulary: export without --draft-vocab for it"
         )
+    if sizes.sliding_layers:
+        found.append(
+            f"layers {', '.join(map(str, sizes.sliding_layers))} slide over {sizes.sliding_window} tokens: TPU servers "
+            "run them as full attention, which accepts little beyond the window: compare online with `check`"
+        )
     if sizes.rope_scaling is not None:
         found.append(
             f"its rotary frequencies are scaled ({sizes.rope_scaling.rope_type}): some TPU servers ignore that or "
@@ -302,7 +311,8 @@ def _speculators_json(sizes: DrafterConfig, config: DrafterExportConfig) -> dict
     dflash = theirs.pop("dflash_config")
     for name in ("architectures", "block_size", "num_target_layers"):
         del theirs[name]
-    theirs.pop("draft_vocab_size", None)
+    for name in ("draft_vocab_size", "is_causal"):
+        theirs.pop(name, None)
     scaling = theirs["rope_scaling"] or {"rope_type": "default"}
     theirs["rope_parameters"] = {**scaling, "rope_theta": sizes.rope_theta}
     verifier = read_json(config.target / "config.json", what="the target's config")
@@ -314,7 +324,7 @@ def _speculators_json(sizes: DrafterConfig, config: DrafterExportConfig) -> dict
         "dtype": config.dtype,
         "mask_token_id": dflash["mask_token_id"],
         "sample_from_anchor": False,
-        "sliding_window_non_causal": False,
+        "sliding_window_non_causal": sizes.is_causal is False,
         "speculators_config": {
             "algorithm": "dflash",
             "default_proposal_method": "greedy",
@@ -359,6 +369,8 @@ def _speculators_config(raw: dict[str, Any], target: TargetConfig, *, where: Pat
             "architectures": ["DFlashDraftModel"],
             "block_size": raw.get("block_size"),
             "draft_vocab_size": raw.get("draft_vocab_size"),
+            # there it is said of sliding layers alone; full ones are never causal
+            "is_causal": False if raw.get("sliding_window_non_causal") else None,
             "dflash_config": {
                 "mask_token_id": raw.get("mask_token_id"),
                 "target_layer_ids": [from_speculators_layer(layer) for layer in layers],

@@ -11,7 +11,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Int32
+from jaxtyping import Array, Bool, Float, Int32
 
 from dflash_jax.nn.product import on_one_cpu, product
 
@@ -46,6 +46,22 @@ class _Blocks(NamedTuple):
     block_lengths: Int32[Array, " anchor"]
 
 
+class _Sight(NamedTuple):
+    """Which keys the slots of a block may see beyond their lengths; settings, not data.
+
+    Attributes:
+        window: rows and slots at a distance of so many tokens or more are not seen; None: no limit.
+        causal: whether a slot sees its own block up to itself alone.
+        group: heads that share keys; queries are slots times these.
+        looks: whether a chunk of blocks looks how far it reaches, and computes no more.
+    """
+
+    window: int | None = None
+    causal: bool = False
+    group: int = 1
+    looks: bool = False
+
+
 class _Context(NamedTuple):
     """What all blocks share."""
 
@@ -72,25 +88,55 @@ def _product(terms: str, *operands: Float[Array, "..."]) -> Float[Array, "..."]:
     return product(terms, *operands, out=jnp.float32)
 
 
-def _masked(scores: Float[Array, "kv_heads anchor query key"], lengths: Int32[Array, " anchor"]) -> Array:
-    """Scores of the first `lengths` keys; the others can take no weight."""
-    seen = jnp.arange(scores.shape[-1], dtype=jnp.int32)[None] < lengths[:, None]
-    return jnp.where(seen[None, :, None], scores, _MASKED)
+def _masked(
+    scores: Float[Array, "kv_heads anchor query key"],
+    lengths: Int32[Array, " anchor"],
+    seen_too: Bool[Array, "#anchor query key"] | None = None,
+) -> Array:
+    """Scores of the first `lengths` keys, of those that are `seen_too`; the others can take no weight."""
+    seen = (jnp.arange(scores.shape[-1], dtype=jnp.int32)[None] < lengths[:, None])[:, None]
+    return jnp.where((seen if seen_too is None else seen & seen_too)[None], scores, _MASKED)
+
+
+def context_in_window(
+    context_lengths: Int32[Array, " anchor"], slots: Int32[Array, " query"], *, rows: int, window: int
+) -> Bool[Array, "anchor query context"]:
+    """Which context rows are near enough: slot k behind `a` rows is the text's token a + k.
+
+    Worked, window 3, a = 4: slot 0 sees rows 2 and 3, slot 1 row 3, slot 2 none.
+    """
+    here = context_lengths[:, None] + slots[None]
+    return here[:, :, None] - jnp.arange(rows, dtype=jnp.int32)[None, None] < window
+
+
+def slots_in_sight(
+    slots: Int32[Array, " query"], *, block: int, window: int | None, causal: bool
+) -> Bool[Array, "query block"]:
+    """Which slots of its own block every slot may see."""
+    ahead = jnp.arange(block, dtype=jnp.int32)[None] - slots[:, None]
+    seen = ahead <= 0 if causal else jnp.ones(ahead.shape, bool)
+    return seen if window is None else seen & (jnp.abs(ahead) < window)
 
 
 def _scores(
-    blocks: _Blocks, context: _Context
+    blocks: _Blocks, context: _Context, sight: _Sight
 ) -> tuple[Float[Array, "kv_heads anchor query context"], Float[Array, "kv_heads anchor query block"]]:
     """Scores over the context and over the block's own slots; blocks are heads-first."""
     scale = blocks.q.shape[-1] ** -0.5
     far = _product("kaqd,kcd->kaqc", blocks.q, context.k) * scale
     near = _product("kaqd,kasd->kaqs", blocks.q, blocks.k) * scale
-    return _masked(far, blocks.context_lengths), _masked(near, blocks.block_lengths)
+    slots = jnp.arange(blocks.q.shape[2], dtype=jnp.int32) // sight.group
+    in_window = own = None
+    if sight.window is not None:
+        in_window = context_in_window(blocks.context_lengths, slots, rows=far.shape[-1], window=sight.window)
+    if sight.window is not None or sight.causal:
+        own = slots_in_sight(slots, block=near.shape[-1], window=sight.window, causal=sight.causal)[None]
+    return _masked(far, blocks.context_lengths, in_window), _masked(near, blocks.block_lengths, own)
 
 
-def _attend(blocks: _Blocks, context: _Context) -> _Output:
+def _attend(blocks: _Blocks, context: _Context, sight: _Sight) -> _Output:
     blocks = _heads_first(blocks)
-    far, near = _scores(blocks, context)
+    far, near = _scores(blocks, context, sight)
     top = jnp.maximum(far.max(axis=-1, initial=_MASKED), near.max(axis=-1))
     # where nothing is seen every score is the mask's, and each weight must be zero all the same
     top = jnp.where(top == _MASKED, 0.0, top)
@@ -112,7 +158,11 @@ class _Slopes(NamedTuple):
 
 
 def _attend_backward(
-    blocks: _Blocks, context: _Context, output: _Output, slope: Float[Array, "anchor kv_heads query head_dim"]
+    blocks: _Blocks,
+    context: _Context,
+    output: _Output,
+    slope: Float[Array, "anchor kv_heads query head_dim"],
+    sight: _Sight,
 ) -> tuple[_Context, _Slopes]:
     """What some blocks add to the gradient of the context, float32 and channels first, and their own gradients.
 
@@ -121,7 +171,7 @@ def _attend_backward(
     """
     blocks, output, slope = _heads_first((blocks, output, slope))
     scale, narrow = blocks.q.shape[-1] ** -0.5, blocks.q.dtype
-    far, near = (jnp.exp(part - output.logsumexp[..., None]) for part in _scores(blocks, context))
+    far, near = (jnp.exp(part - output.logsumexp[..., None]) for part in _scores(blocks, context, sight))
     common = _product("kaqd,kaqd->kaq", slope, output.values)[..., None]
     far_slope = far * (_product("kaqd,kcd->kaqc", slope, context.v) - common) * scale
     near_slope = near * (_product("kaqd,kasd->kaqs", slope, blocks.v) - common) * scale
@@ -176,16 +226,16 @@ def _within_reach(compute: Callable[[_Context], Any], blocks: _Blocks, context: 
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attention(looks: bool, blocks: _Blocks, context: _Context) -> Float[Array, "anchor kv_heads query head_dim"]:
-    """Attention of one sequence's blocks; `looks`: each chunk looks how far its blocks reach, and computes no more."""
-    return _attention_forward(looks, blocks, context)[0]
+def _attention(sight: _Sight, blocks: _Blocks, context: _Context) -> Float[Array, "anchor kv_heads query head_dim"]:
+    """Attention of one sequence's blocks."""
+    return _attention_forward(sight, blocks, context)[0]
 
 
-def _attention_forward(looks: bool, blocks: _Blocks, context: _Context):  # noqa: ANN202  (a custom_vjp's pair)
+def _attention_forward(sight: _Sight, blocks: _Blocks, context: _Context):  # noqa: ANN202  (a custom_vjp's pair)
     def step(carry: Any, chunk: _Blocks) -> Any:
-        if looks:
-            return carry, _within_reach(lambda part: _attend(chunk, part), chunk, context)
-        return carry, _attend(chunk, context)
+        if sight.looks:
+            return carry, _within_reach(lambda part: _attend(chunk, part, sight), chunk, context)
+        return carry, _attend(chunk, context, sight)
 
     queries = blocks.q.shape[1] * blocks.q.shape[2]
     _, output = _in_chunks(step, (), blocks, queries=queries, context=context.k.shape[1])
@@ -207,16 +257,16 @@ def as_another_value(tree: Any, slope: Any) -> Any:
     return jax.tree_util.tree_map(other, tree)
 
 
-def _attention_backward(looks: bool, kept: tuple[_Blocks, _Context, _Output], slope: Float[Array, "..."]):  # noqa: ANN202
+def _attention_backward(sight: _Sight, kept: tuple[_Blocks, _Context, _Output], slope: Float[Array, "..."]):  # noqa: ANN202
     blocks, context, output = kept
 
     def step(total: _Context, chunk: tuple[_Blocks, _Output, Float[Array, "..."]]):  # noqa: ANN202
         def slopes(part: _Context) -> tuple[_Context, _Slopes]:
-            shared, mine = _attend_backward(chunk[0], part, *chunk[1:])
+            shared, mine = _attend_backward(chunk[0], part, *chunk[1:], sight)
             rest = context.k.shape[1] - part.k.shape[1]
             return jax.tree_util.tree_map(lambda leaf: jnp.pad(leaf, ((0, 0), (0, 0), (0, rest))), shared), mine
 
-        shared, mine = _within_reach(slopes, chunk[0], context) if looks else slopes(context)
+        shared, mine = _within_reach(slopes, chunk[0], context) if sight.looks else slopes(context)
         return jax.tree_util.tree_map(jnp.add, total, shared), mine
 
     zeros = _Context(*(jnp.zeros(part.swapaxes(1, 2).shape, jnp.float32) for part in context))
@@ -266,6 +316,8 @@ def _by_library(
     block_lengths: Int32[Array, "batch anchor"],
     *,
     implementation: Literal["xla", "cudnn"],
+    window: int | None = None,
+    causal: bool = False,
 ) -> Float[Array, "batch anchor block heads head_dim"]:
     """`block_attention` by jax's own: groups of blocks, whose keys are their own slots, then a copy of the context.
 
@@ -296,6 +348,13 @@ def _by_library(
     key = jnp.arange(keys.shape[1] - queries, dtype=jnp.int32)
     near = (block_of[:, None] == block_of[None])[None] & (slot[None, None] < lengths[:, block_of][:, :, None])
     far = key[None, None] < contexts[:, block_of][:, :, None]
+    if window is not None or causal:
+        # keys of the group's own slots are its queries, in their order
+        sight = slots_in_sight(slot, block=block, window=window, causal=causal)
+        near &= sight[:, slot][None]
+    if window is not None:
+        near_enough = partial(context_in_window, slots=jnp.arange(block, dtype=jnp.int32), rows=len(key), window=window)
+        far &= jax.vmap(near_enough)(contexts)[:, block_of, slot]
     out = jax.nn.dot_product_attention(
         cut(q).reshape(batch * groups, queries, heads, head_dim),
         keys,
@@ -305,6 +364,8 @@ def _by_library(
         implementation=implementation,
     )
     seen = (lengths[:, block_of] > 0) | (contexts[:, block_of] > 0)
+    if window is not None:  # a slot that does not exist may be past its window of the context, and sees not itself
+        seen = near.any(axis=-1) | far.any(axis=-1)
     out = jnp.where(seen[:, :, None, None], out, 0)
     return out.reshape(batch, groups * size, block, heads, head_dim)[:, :anchors]
 
@@ -317,6 +378,9 @@ def block_attention(
     block_k: Float[Array, "*batch anchor block kv_heads head_dim"],
     block_v: Float[Array, "*batch anchor block kv_heads head_dim"],
     block_lengths: Int32[Array, "*batch anchor"],
+    *,
+    window: int | None = None,
+    causal: bool = False,
 ) -> Float[Array, "*batch anchor block heads head_dim"]:
     """Attention of every block over the one context of its sequence and over its own slots, one softmax for both.
 
@@ -341,15 +405,20 @@ def block_attention(
         block_k: keys of each block's own slots, after k_norm and RoPE.
         block_v: values of each block's own slots.
         block_lengths: how many slots of a block exist, the first ones (a block is shortened at the token budget).
+        window: what is so many tokens away or more is not seen, slot k being `context_lengths + k` tokens into the
+            text; None: no limit. Rows that are not seen are masked, not skipped.
+        causal: whether a slot sees its own block up to itself alone.
 
     **Source:** DFlash paper (arXiv 2602.06036) section 3 and z-lab/dflash@44947fb:dflash/model.py, one block at a time
-    there.
+    there; window and causality as z-lab's dflash 0.1.0 `_attention_mask` has them.
     """
     if _has_flash(q):
         whole = (q, context_k, context_v, context_lengths, block_k, block_v, block_lengths)
         many = whole if q.ndim == 5 else tuple(part[None] for part in whole)
         q_, k, v, contexts, own_k, own_v, lengths = many
-        return _by_library(q_, (k, v), contexts, (own_k, own_v), lengths, implementation="cudnn").reshape(q.shape)
+        return _by_library(
+            q_, (k, v), contexts, (own_k, own_v), lengths, implementation="cudnn", window=window, causal=causal
+        ).reshape(q.shape)
     *batch, anchors, block, heads, head_dim = q.shape
     kv_heads = context_k.shape[-3]
 
@@ -365,7 +434,8 @@ def block_attention(
             context_lengths=contexts,
             block_lengths=lengths,
         )
-        out: Array = _attention(looks, blocks, _Context(k=k, v=v))
+        sight = _Sight(window=window, causal=causal, group=heads // kv_heads, looks=looks)
+        out: Array = _attention(sight, blocks, _Context(k=k, v=v))
         return out.reshape(grouped.shape).swapaxes(1, 2).reshape(anchors, block, heads, head_dim)
 
     operands = (q, block_k, block_v, context_lengths, block_lengths, context_k, context_v)

@@ -46,6 +46,11 @@ class TrainConfig:
     """Positions per block, the anchor included; default 8, or that of --init-from."""
     num_layers: int | None = None
     """Drafter layers; default 4, or those of --init-from."""
+    sliding_window: int | None = None
+    """New drafters: slots look back so many tokens in sliding layers, which are causal within a block. Default: to the
+    text's beginning."""
+    full_layers: tuple[int, ...] | None = None
+    """With --sliding-window: layers that do not slide, such as 4; default: all slide."""
     sequences_per_step: int = 4
     """Sequences per optimizer step."""
     anchors_per_sequence: int = 64
@@ -135,6 +140,7 @@ class TrainConfig:
             "eval_every",
             "length",
             "top_k",
+            "sliding_window",
         ):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -156,6 +162,10 @@ class TrainConfig:
         self._check_run()
 
     def _check_choices(self) -> None:
+        if self.full_layers is not None and self.sliding_window is None:
+            raise InputError("--full-layers names layers that do not slide: give --sliding-window with it")
+        if self.sliding_window is not None and self.init_from is not None:
+            raise InputError("--sliding-window is for new drafters: one of --init-from slides as it did")
         if self.block_size is not None and self.block_size < 2:
             raise InputError(
                 f"--block-size is {self.block_size}: at least 2 are needed (the anchor and one drafted token)"

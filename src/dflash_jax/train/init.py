@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from dflash_jax.core import InputError
 from dflash_jax.drafter import Drafter, DrafterConfig, DrafterLayer, check_not_last_layer, init_drafter
 from dflash_jax.nn import Linear, RMSNorm, SwiGLU
 from dflash_jax.targets import DecoderLayer, Target, TargetConfig
@@ -17,17 +18,24 @@ def drafter_config(
     num_layers: int,
     block_size: int,
     mask_token_id: int,
+    sliding_window: int | None = None,
+    full_layers: tuple[int, ...] = (),
 ) -> DrafterConfig:
     """Return the config of a drafter shaped like its target's layers, with its biases and its rotary embedding.
 
     A target of experts has no dense MLP to take the width from: 8/3 of the hidden size then, as published gpt-oss
-    drafters have it (7680 of 2880).
+    drafters have it (7680 of 2880). With a `sliding_window` all layers but `full_layers` slide.
 
     Raises:
-        InputError: the target's last layer is captured.
+        InputError: the target's last layer is captured; layers are named that the drafter has not.
     """
     config = target if isinstance(target, TargetConfig) else target.config
     check_not_last_layer(capture_layers, config.num_layers, what="the drafter")
+    if not set(full_layers) <= set(range(num_layers)):
+        raise InputError(
+            f"--full-layers is {','.join(map(str, full_layers))}: the drafter has layers 0 to {num_layers - 1}"
+        )
+    sliding = tuple(layer for layer in range(num_layers) if layer not in full_layers) if sliding_window else ()
     return DrafterConfig(
         hidden_size=config.hidden_size,
         intermediate_size=8 * config.hidden_size // 3 if config.num_experts else config.intermediate_size,
@@ -45,6 +53,8 @@ def drafter_config(
         capture_layers=capture_layers,
         num_target_layers=config.num_layers,
         vocab_size=config.vocab_size,
+        sliding_window=sliding_window if sliding else None,
+        sliding_layers=sliding,
     )
 
 

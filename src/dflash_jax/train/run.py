@@ -128,6 +128,8 @@ def _first_drafter(config: TrainConfig, source: Source, target: targets.Target) 
         num_layers=config.num_layers,
         block_size=config.block_size,
         mask_token_id=mask,
+        sliding_window=config.sliding_window,
+        full_layers=config.full_layers or (),
     )
     return new_drafter(shape, target, init=config.init, key=jax.random.key(config.seed))
 
