@@ -57,7 +57,7 @@ def read_curves(paths: Sequence[Path]) -> list[Curve]:
     curves = []
     for document in documents:
         name = "SmolLM2-135M" if document["drafter"] else document["target"]
-        blocks = f", blocks of {document['block_size']}" if differ else ""
+        blocks = f" in blocks of {document['block_size']}" if differ else ""
         tokens = document.get("draft_vocab_size")
         drafts = f", drafts of {tokens:,} tokens" if tokens else ""
         curves += [

@@ -103,13 +103,12 @@ def test_every_block_is_equal_at_every_offset(sound):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mesh", ["data=1", "data=2"])
-def test_with_a_draft_vocabulary_too(sound, cache, drafter, tmp_path, mesh):
-    """Replay and decoding leave out the same tokens, and accept less for it."""
+def test_with_a_draft_vocabulary_too(sound, cache, drafter, tmp_path):
+    """Replay and decoding, on a mesh, leave out the same tokens, and accept less for it."""
     labels = open_cache(cache).sequence(2).next_ids
     ids = np.setdiff1d(np.arange(len(tiny.TOKENS)), labels[-3:])
     save_drafter(with_draft_vocabulary(load_drafter(drafter), ids), tmp_path)
-    found = adds_up(run(cache, tmp_path, mesh=mesh))
+    found = adds_up(run(cache, tmp_path, mesh="data=2"))
     assert (found["num_equal"], found["differences"]) == (found["num_blocks"], [])
     assert sound["num_blocks"] < found["num_blocks"]
     # decoding with the whole vocabulary is another drafter's, and is told apart
@@ -120,15 +119,13 @@ def test_with_a_draft_vocabulary_too(sound, cache, drafter, tmp_path, mesh):
 
 @pytest.mark.slow
 def test_with_sliding_layers_too(sound, cache, drafter, tmp_path):
-    """Decoding's blocks see the window that the replay's do, at every offset; as full attention they are another's."""
+    """Decoding's blocks see the window that the replay's do, at every offset."""
     model = load_drafter(drafter)
     config = dataclasses.replace(model.config, sliding_window=4, sliding_layers=(0,))
     save_drafter(dataclasses.replace(model, config=config), tmp_path)
     found = adds_up(run(cache, tmp_path))
     assert (found["num_equal"], found["differences"]) == (found["num_blocks"], [])
     assert found["replay"] != sound["replay"]
-    served = adds_up(run(cache, tmp_path, served_drafter=drafter))
-    assert served["causes"].keys() == {"drafter"}
 
 
 @pytest.mark.slow

@@ -12,7 +12,7 @@ from dflash_jax.generate import ResponsesConfig, generate_responses
 from dflash_jax.train import TrainConfig, train
 from support.smollm2 import smollm2_target
 
-NEW_TOKENS, BLOCK_SIZE, STEPS, CAPTURE_LAYERS = 48, 8, 60, (10, 18, 27)
+NEW_TOKENS, BLOCK_SIZE, STEPS, CAPTURE_LAYERS = 32, 8, 60, (10, 18, 27)
 SEEN = ("Count from one to ten in words.", "Write a Python function that adds two numbers.")
 UNSEEN = ("Count from one to five in words.", "Why is the sky blue?")
 
