@@ -86,7 +86,9 @@ def test_gradients_with_a_window_are_jaxs_of_the_dense_softmax(limit, monkeypatc
 
     def ours(q, context, block):
         counts = jnp.array(contexts, jnp.int32), jnp.array(lengths, jnp.int32)
-        out = block_attention(q, *context, counts[0], *block, counts[1], window=3, causal=True)
+        out = block_attention(
+            q, context[0], context[1], counts[0], block[0], block[1], counts[1], window=3, causal=True
+        )
         return jnp.sum(out * weights)
 
     def dense(q, context, block):
