@@ -148,6 +148,14 @@ def test_a_cache_of_other_layers_counts_nothing(tmp_path, cache):
         export(other, tmp_path / "out", draft_vocab=9, cache=cache)
 
 
+@pytest.mark.parametrize("name", ["target_weights", "tokenizer_sha256"])
+def test_a_cache_of_another_target_counts_nothing(run, tmp_path, cache, name):
+    write_json(run / "record.json", {"cache_fingerprint": {name: "other"}})
+    with pytest.raises(InputError, match=name):
+        export(run, tmp_path / "out", draft_vocab=9, cache=cache)
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.fixture
 def reduced(run, tmp_path, target_folder, cache):
     return exported(run, tmp_path / "reduced", target_folder, draft_vocab=9, cache=cache)

@@ -19,8 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dflash_jax.accept import check_fit, label_counts
-from dflash_jax.cache import check_fingerprint, open_cache
+from dflash_jax.accept import check_fit
 from dflash_jax.core import (
     RECORD_NAME,
     InputError,
@@ -35,27 +34,31 @@ from dflash_jax.core import (
 )
 from dflash_jax.drafter import (
     DRAFT_TO_TARGET,
-    Drafter,
     DrafterConfig,
     drafter_fingerprint,
     drafter_shapes,
     from_offsets,
     load_drafter,
-    most_frequent,
     parse_drafter_config,
     read_drafter_config,
     save_drafter,
-    with_draft_vocabulary,
 )
 from dflash_jax.interchange.config import DrafterExportConfig, DrafterImportConfig
 from dflash_jax.interchange.places import check_free, whole_folder
 from dflash_jax.interchange.speculators import from_speculators_layer, to_speculators_layer
+from dflash_jax.interchange.vocabulary import (
+    HEAD,
+    TARGET_IN_DRAFT,
+    WEIGHTS,
+    WHAT,
+    check_mask,
+    choose_vocabulary,
+    write_head_rows,
+)
 from dflash_jax.targets import TargetConfig, load_target, read_target_config
 
 SPECULATORS_VERSION = "0.9.0"
 """The version whose layout is written."""
-_WEIGHTS = "model.safetensors"
-_WHAT = "the drafter's weights"
 # Fields that would change what is drafted, and the only values handled.
 _SPECULATORS_NEUTRAL = {
     "speculators_model_type": ("dflash",),
@@ -63,10 +66,8 @@ _SPECULATORS_NEUTRAL = {
     "sliding_window_non_causal": (None, False, True),
 }
 # What checkpoints of speculators may carry of the target's: not the drafter's, if it is the target's still.
-_EMBEDDING, _HEAD = "embed_tokens.weight", "lm_head.weight"
-_TARGETS_OWN = (_EMBEDDING, _HEAD)
-_TARGET_IN_DRAFT = "t2d"
-"""speculators' mask of the draft vocabulary, bool: what `d2t` says, once more."""
+_EMBEDDING = "embed_tokens.weight"
+_TARGETS_OWN = (_EMBEDDING, HEAD)
 
 
 def export_drafter(config: DrafterExportConfig) -> dict[str, Any]:
@@ -92,7 +93,7 @@ def export_drafter(config: DrafterExportConfig) -> dict[str, Any]:
         check_fit(sizes, read_target_config(config.target), where=config.drafter)
     drafter, chosen = load_drafter(config.drafter, dtype=jnp.dtype(config.dtype)), {}
     if config.draft_vocab is not None:
-        drafter, chosen = _choose_vocabulary(drafter, config)
+        drafter, chosen = choose_vocabulary(drafter, config)
         sizes = drafter.config
     with whole_folder(config.out, "drafter") as folder:
         save_drafter(drafter, folder)
@@ -102,7 +103,7 @@ def export_drafter(config: DrafterExportConfig) -> dict[str, Any]:
             raise InputError(f"{config.out}: what was written is not what was read: see to the disk; nothing is left")
         if config.format == "speculators":
             write_json(folder / "config.json", _speculators_json(sizes, config))
-            _write_head_rows(drafter, folder, config)
+            write_head_rows(drafter, folder, config)
         result = {
             "out": str(config.out),
             "format": config.format,
@@ -145,20 +146,20 @@ def import_drafter(config: DrafterImportConfig) -> dict[str, Any]:
         sizes = parse_drafter_config(raw, where=where)
     if target is not None:
         check_fit(sizes, target, where=config.drafter)
-    tensors = load_tensors(config.drafter / _WEIGHTS, what=_WHAT)
-    dropped = [name for name in (*_TARGETS_OWN, _TARGET_IN_DRAFT) if from_speculators and name in tensors]
+    tensors = load_tensors(config.drafter / WEIGHTS, what=WHAT)
+    dropped = [name for name in (*_TARGETS_OWN, TARGET_IN_DRAFT) if from_speculators and name in tensors]
     if dropped:
         assert config.target is not None
         extra = {name: tensors.pop(name) for name in dropped}
         ids = None
         if sizes.draft_vocab_size is not None and DRAFT_TO_TARGET in tensors:
             ids = from_offsets(tensors[DRAFT_TO_TARGET], sizes.vocab_size, where=config.drafter)
-        _check_mask(extra.pop(_TARGET_IN_DRAFT, None), ids, sizes.vocab_size, where=config.drafter)
+        check_mask(extra.pop(TARGET_IN_DRAFT, None), ids, sizes.vocab_size, where=config.drafter)
         _check_targets_own(extra, config.target, ids=ids, where=config.drafter)
     check_names_and_shapes({n: t.shape for n, t in tensors.items()}, drafter_shapes(sizes), what=str(config.drafter))
     dtype = str(tensors["fc.weight"].dtype)
     with whole_folder(config.out, "drafter") as folder:
-        save_tensors(folder / _WEIGHTS, tensors)
+        save_tensors(folder / WEIGHTS, tensors)
         write_json(folder / "config.json", sizes.to_json(dtype=dtype))
         result = {
             "out": str(config.out),
@@ -172,8 +173,8 @@ def import_drafter(config: DrafterImportConfig) -> dict[str, Any]:
 
 def _facts(folder: Path, sizes: DrafterConfig, *, dtype: str) -> dict[str, Any]:
     """What was written, of either command."""
-    weights = folder / _WEIGHTS
-    header = read_header(weights, what=_WHAT)
+    weights = folder / WEIGHTS
+    header = read_header(weights, what=WHAT)
     return {
         "dtype": dtype,
         "block_size": sizes.block_size,
@@ -186,64 +187,6 @@ def _facts(folder: Path, sizes: DrafterConfig, *, dtype: str) -> dict[str, Any]:
         "bytes": weights.stat().st_size,
         "sha256": drafter_fingerprint(folder),
     }
-
-
-def _choose_vocabulary(drafter: Drafter, config: DrafterExportConfig) -> tuple[Drafter, dict[str, Any]]:
-    """The drafter with the tokens that are most frequent in the cache, and what share of the labels they are.
-
-    Raises:
-        InputError: no such cache, or one of other captured layers; as many tokens as there are, or more; the drafter
-            has a draft vocabulary already, or the cache no labels.
-    """
-    sizes = drafter.config
-    assert config.cache is not None
-    assert config.draft_vocab is not None
-    if sizes.draft_vocab_size is not None:
-        raise InputError(
-            f"{config.drafter} has a draft vocabulary of {sizes.draft_vocab_size} tokens already: export the drafter "
-            "that it was made of, or leave --draft-vocab out"
-        )
-    if config.draft_vocab >= sizes.vocab_size:
-        raise InputError(f"--draft-vocab is {config.draft_vocab}: fewer than all {sizes.vocab_size} tokens are needed")
-    cache = open_cache(config.cache)
-    layers = {"capture_layers": list(sizes.capture_layers)}
-    check_fingerprint(cache.manifest, layers, what=f"the drafter {config.drafter}")
-    counts = label_counts(cache, range(cache.num_sequences), vocab_size=sizes.vocab_size)
-    if not counts.any():
-        raise InputError(f"{config.cache} has no labels to count: build it with `cache build`")
-    ids = most_frequent(counts, config.draft_vocab)
-    return with_draft_vocabulary(drafter, ids), {"label_share": float(counts[ids].sum() / counts.sum())}
-
-
-def _write_head_rows(drafter: Drafter, folder: Path, config: DrafterExportConfig) -> None:
-    """Add to speculators' layout what a draft vocabulary needs there: the mask, and the target's rows of the head.
-
-    **Source:** vllm-project/speculators 0.9.0 `models/dflash/core.py`, which saves the head of a reduced vocabulary
-    alone, "because current runtimes cannot derive it".
-    """
-    if drafter.draft_ids is None:
-        return
-    assert config.target is not None
-    ids, tensors = np.asarray(drafter.draft_ids), load_tensors(folder / _WEIGHTS, what=_WHAT)
-    mask = np.zeros(drafter.config.vocab_size, bool)
-    mask[ids] = True
-    head = np.asarray(load_target(config.target, layers=()).head[ids].astype(jnp.dtype(config.dtype)))
-    save_tensors(folder / _WEIGHTS, {**tensors, _TARGET_IN_DRAFT: mask, _HEAD: head})
-
-
-def _check_mask(mask: np.ndarray | None, ids: np.ndarray | None, vocab_size: int, *, where: Path) -> None:
-    """Refuse a mask that is not what `d2t` says, or that stands alone.
-
-    Raises:
-        InputError: they differ.
-    """
-    if mask is None:
-        return
-    if ids is None or mask.shape != (vocab_size,) or not np.array_equal(np.flatnonzero(mask), ids):
-        raise InputError(
-            f"{where}: {_TARGET_IN_DRAFT} and {DRAFT_TO_TARGET} do not name the same draft vocabulary of "
-            "draft_vocab_size tokens"
-        )
 
 
 def _record(
@@ -391,7 +334,7 @@ def _check_targets_own(tensors: dict[str, np.ndarray], folder: Path, *, ids: np.
         where: the drafter, to be named in errors.
     """
     target = load_target(folder, layers=())
-    own = {_EMBEDDING: target.embed_tokens, _HEAD: target.head if ids is None else target.head[ids]}
+    own = {_EMBEDDING: target.embed_tokens, HEAD: target.head if ids is None else target.head[ids]}
     for name, tensor in tensors.items():
         if tensor.shape != own[name].shape or not np.array_equal(tensor, np.asarray(own[name]).astype(tensor.dtype)):
             raise InputError(
