@@ -5,9 +5,12 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int32
 
-from dflash_jax.nn import product
+from dflash_jax.nn import product, rows_product
 
+# Rows that meet the whole head at a time. On a CPU as many as `rows_product` takes in the order the head is stored in:
+# a last block that is not full is a small loss then. On an accelerator reading the head is what a block costs.
 ROWS_PER_BLOCK = 256
+ROWS_PER_BLOCK_ON_CPU = 64
 MOST_LOGITS = 2**24
 """Logits that exist at a time at most: 64 MiB of float32, as `nn.greedy_tokens` allows itself."""
 
@@ -48,7 +51,7 @@ def _is_argmax(
 
     Asked so, and not whether no column beats it: a row of NaN, where no column beats any, is no hit.
     """
-    logits = product("rh,vh->rv", hidden, head, out=jnp.float32)
+    logits = rows_product(hidden, head, out=jnp.float32)
     own = jnp.take_along_axis(logits, labels[:, None], axis=-1)
     higher = lax.broadcasted_iota(jnp.int32, logits.shape, 1) >= labels[:, None]
     return ((logits < own) | ((logits == own) & higher)).all(axis=-1)
@@ -74,7 +77,8 @@ def label_hits(
         rivals: rows of the head that labels are held against first; those of frequent tokens settle most.
     """
     rows, vocab = hidden.shape[0], head.shape[0]
-    block = max(1, min(ROWS_PER_BLOCK, rows, MOST_LOGITS // vocab))
+    most = ROWS_PER_BLOCK_ON_CPU if jax.default_backend() == "cpu" else ROWS_PER_BLOCK
+    block = max(1, min(most, rows, MOST_LOGITS // vocab))
     left = asked & ~_surely_wrong(hidden, labels, head, rivals)
     num_left = left.sum(dtype=jnp.int32)
     # the rows that are left come first; a last block that is not full repeats row 0, whose answer is its own
