@@ -156,6 +156,16 @@ def test_a_cache_of_another_target_counts_nothing(run, tmp_path, cache, name):
     assert not (tmp_path / "out").exists()
 
 
+def test_ids_that_do_not_rise_are_not_imported_from_our_own_layout(run, tmp_path, cache):
+    export(run, tmp_path / "out", draft_vocab=9, cache=cache)
+    tensors = {name: np.array(t) for name, t in load_tensors(tmp_path / "out" / "model.safetensors", what="w").items()}
+    tensors["d2t"][4] = -4
+    save_tensors(tmp_path / "out" / "model.safetensors", tensors)
+    with pytest.raises(InputError, match="must rise"):
+        import_drafter(DrafterImportConfig(drafter=tmp_path / "out", out=tmp_path / "back"))
+    assert not (tmp_path / "back").exists()
+
+
 @pytest.fixture
 def reduced(run, tmp_path, target_folder, cache):
     return exported(run, tmp_path / "reduced", target_folder, draft_vocab=9, cache=cache)

@@ -147,13 +147,13 @@ def import_drafter(config: DrafterImportConfig) -> dict[str, Any]:
     if target is not None:
         check_fit(sizes, target, where=config.drafter)
     tensors = load_tensors(config.drafter / WEIGHTS, what=WHAT)
+    ids = None
+    if sizes.draft_vocab_size is not None and DRAFT_TO_TARGET in tensors:
+        ids = from_offsets(tensors[DRAFT_TO_TARGET], sizes.vocab_size, where=config.drafter)
     dropped = [name for name in (*_TARGETS_OWN, TARGET_IN_DRAFT) if from_speculators and name in tensors]
     if dropped:
         assert config.target is not None
         extra = {name: tensors.pop(name) for name in dropped}
-        ids = None
-        if sizes.draft_vocab_size is not None and DRAFT_TO_TARGET in tensors:
-            ids = from_offsets(tensors[DRAFT_TO_TARGET], sizes.vocab_size, where=config.drafter)
         check_mask(extra.pop(TARGET_IN_DRAFT, None), ids, sizes.vocab_size, where=config.drafter)
         _check_targets_own(extra, config.target, ids=ids, where=config.drafter)
     check_names_and_shapes({n: t.shape for n, t in tensors.items()}, drafter_shapes(sizes), what=str(config.drafter))
