@@ -86,7 +86,7 @@ def one_anchor(
         block_size=block_size,
         position_offset=text.position_offset,
     )
-    drafted = greedy_tokens(hidden[:, 1:], target.head)
+    drafted = greedy_tokens(hidden, target.head)
     return accept_len(drafted, blocks.labels, num_drafted=blocks.labelled.sum(axis=1, dtype=jnp.int32))[0]
 
 

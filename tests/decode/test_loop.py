@@ -220,7 +220,7 @@ def test_drafts_are_those_of_one_forward_over_the_stored_text(target, drafter, p
                     block_lengths=n[None],
                     block_size=BLOCK,
                     position_offset=jnp.int32(0),
-                )[0, 1:],
+                )[0],
                 target.head,
             )
         )(features, state.tokens, state.start, jnp.minimum(BLOCK, state.limit - state.start))

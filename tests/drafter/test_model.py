@@ -57,8 +57,8 @@ def run(drafter, values, *, anchors=ANCHORS, lengths=LENGTHS, offset=0, block_si
 
 
 def existing(out, lengths=LENGTHS):
-    """Slots that exist, one array per block: the others mean nothing."""
-    return [block[:length] for block, length in zip(out, lengths, strict=True)]
+    """Drafted slots that exist, one array per block: the others mean nothing."""
+    return [block[: length - 1] for block, length in zip(out, lengths, strict=True)]
 
 
 @pytest.mark.parametrize("attention_bias", [pytest.param(False, marks=pytest.mark.slow), True])
@@ -79,7 +79,7 @@ def test_every_block_is_that_of_float64_loops(tmp_path, attention_bias):
             first_position=offset,
         )
         # measured 2e-6 on values up to 4
-        np.testing.assert_allclose(block[:length], wanted, atol=2e-5)
+        np.testing.assert_allclose(block[: length - 1], wanted[1:], atol=2e-5)
 
 
 @pytest.mark.slow
@@ -88,14 +88,14 @@ def test_one_anchor_at_a_time_gives_the_same():
     together = existing(run(drafter, values))
     for block, anchor, length in zip(together, ANCHORS, LENGTHS, strict=True):
         alone = run(drafter, values, anchors=[anchor], lengths=[length])
-        np.testing.assert_allclose(block, alone[0, :length], atol=1e-5)
+        np.testing.assert_allclose(block, alone[0, : length - 1], atol=1e-5)
 
 
 def test_a_shorter_block_is_a_smaller_block_size():
     drafter, values = tiny.random_drafter(tiny.tiny_drafter_config()), inputs()
-    cut = run(drafter, values, anchors=[7], lengths=[3])[0, :3]
+    cut = run(drafter, values, anchors=[7], lengths=[3])[0, :2]
     np.testing.assert_allclose(cut, run(drafter, values, anchors=[7], lengths=[3], block_size=3)[0], atol=1e-5)
-    whole = run(drafter, values, anchors=[7], lengths=[5])[0, :3]
+    whole = run(drafter, values, anchors=[7], lengths=[5])[0, :2]
     assert np.abs(cut - whole).max() > 1e-2  # the slots that do not exist would have been seen
 
 
@@ -126,13 +126,13 @@ def test_padding_that_is_not_a_number_like_the_rest_changes_nothing():
 @pytest.mark.parametrize("row", range(1, len(ANCHORS)))
 def test_every_feature_before_the_anchor_and_the_anchor_s_token_count(row):
     drafter, values = tiny.random_drafter(tiny.tiny_drafter_config()), inputs()
-    before = run(drafter, values)[row, :2]
+    before = run(drafter, values)[row, :1]
     anchor = ANCHORS[row]
     for index in {0, anchor - 1}:
         changed = values | {"features": values["features"].at[index].add(3.0)}
-        assert (np.abs(run(drafter, changed)[row, :2] - before).max(axis=-1) > 1e-4).all()
+        assert (np.abs(run(drafter, changed)[row, :1] - before).max(axis=-1) > 1e-4).all()
     other = values | {"token_ids": values["token_ids"].at[anchor].set(tiny.STOP_ID)}
-    assert (np.abs(run(drafter, other)[row, :2] - before).max(axis=-1) > 1e-4).all()
+    assert (np.abs(run(drafter, other)[row, :1] - before).max(axis=-1) > 1e-4).all()
 
 
 @pytest.mark.parametrize("offset", [4096, 131072, 2**31 - 1 - SEQ - BLOCK])

@@ -172,7 +172,7 @@ def memorised_drafter(target_folder: Path, prompts: Sequence[Sequence[int]], *, 
                 block_lengths=jnp.full_like(anchors, config.block_size),
                 block_size=config.block_size,
                 position_offset=jnp.int32(0),
-            )[:, 1:]
+            )
             wanted = next_ids[anchors[:, None] + jnp.arange(config.block_size - 1, dtype=jnp.int32)[None]]
             scores = jax.nn.log_softmax(hidden @ target.head.T)
             return -jnp.take_along_axis(scores, wanted[..., None], axis=-1)

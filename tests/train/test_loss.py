@@ -217,7 +217,7 @@ def test_kl_is_zero_where_the_drafter_has_the_targets_distribution():
         drafter, jnp.asarray(embed), one.features, one.token_ids, jnp.full((3, 1), 3, jnp.int32),
         block_lengths=jnp.full((3, 1), 2, jnp.int32), block_size=CONFIG.block_size, position_offset=one.position_offset,
     )  # fmt: skip
-    logprobs = jax.nn.log_softmax(hidden[:, 0, 1] @ jnp.asarray(head).T)
+    logprobs = jax.nn.log_softmax(hidden[:, 0, 0] @ jnp.asarray(head).T)
     every = jnp.broadcast_to(jnp.arange(VOCAB, dtype=jnp.int32), (3, WIDTH, VOCAB))
     own = replace(
         one, limit=jnp.full(3, 5, jnp.int32), top_ids=every, top_logprobs=jnp.repeat(logprobs[:, None], WIDTH, axis=1)

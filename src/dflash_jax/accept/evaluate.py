@@ -137,7 +137,7 @@ def _draft_item(
         block_size=block_size,
         block_offset=text.sequence.position_offset,
     )
-    return hidden[:, 1:], blocks.labels, blocks.labelled
+    return hidden, blocks.labels, blocks.labelled
 
 
 def _project(drafter: Drafter, sequences: StoredSequence) -> _Texts:

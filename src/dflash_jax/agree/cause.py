@@ -90,7 +90,7 @@ def _draft_logits(
         block_size=block_size,
         position_offset=place[2],
     )
-    logits = product("bh,vh->bv", hidden[0, 1:], target.head, out=jnp.float32)
+    logits = product("bh,vh->bv", hidden[0], target.head, out=jnp.float32)
     if drafter.draft_ids is None:
         return logits
     inside = jnp.zeros(logits.shape[1], bool).at[drafter.draft_ids].set(True)

@@ -211,7 +211,7 @@ def draft(target: Target, drafter: Drafter, state: DecodeState, *, block_size: i
         context_lengths=state.start[:, None],
         block_lengths=(state.limit - state.start)[:, None],
     )
-    hidden = hidden[:, 0, 1:].astype(target.head.dtype)
+    hidden = hidden[:, 0].astype(target.head.dtype)
     return next_ids(target, hidden) if state.draft_head is None else drafted_tokens(drafter, hidden, state.draft_head)
 
 

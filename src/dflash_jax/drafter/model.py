@@ -171,10 +171,14 @@ def _run_layer(
     cos_sin: tuple[Float[Array, "*batch anchor block half_dim"], Float[Array, "*batch anchor block half_dim"]],
     *,
     head_dim: int,
+    first: int = 0,
     window: int | None = None,
     causal: bool = False,
-) -> Float[Array, "*batch anchor block hidden"]:
-    """One layer over the slots; `lengths` are the contexts' and the blocks', for the rest see `block_attention`."""
+) -> Float[Array, "*batch anchor asked hidden"]:
+    """One layer over the slots; `lengths` are the contexts' and the blocks', for the rest see `block_attention`.
+
+    Slots before `first` are seen by the others, and get no output of their own.
+    """
     attention, y = layer.self_attn, layer.input_layernorm(x)
     q, k, v = (
         projection(y).reshape(*y.shape[:-1], -1, head_dim)
@@ -182,7 +186,8 @@ def _run_layer(
     )
     q, k = apply_rope(attention.q_norm(q), cos_sin), apply_rope(attention.k_norm(k), cos_sin)
     attended = block_attention(q, kv.k, kv.v, lengths[0], k, v, lengths[1], window=window, causal=causal)
-    x = x + attention.o_proj(attended.reshape(*y.shape[:-1], -1))
+    attended = attended.reshape(*y.shape[:-1], -1)
+    x = x[..., first:, :] + attention.o_proj(attended[..., first:, :])
     return x + layer.mlp(layer.post_attention_layernorm(x))
 
 
@@ -195,8 +200,10 @@ def draft_hidden(
     context_lengths: Int32[Array, "*batch anchor"],
     block_lengths: Int32[Array, "*batch anchor"],
     compute: Compute = AS_STORED,
-) -> Float[Array, "*batch anchor block hidden"]:
-    """Return the drafter's output, after its final norm, for every slot of every block of one sequence.
+) -> Float[Array, "*batch anchor drafted hidden"]:
+    """Return the drafter's output, after its final norm, for slots 1 to B-1 of every block of one sequence.
+
+    Slot 0, the anchor, is seen by the others and drafts nothing: its output is not made.
 
     Args:
         drafter: the drafter.
@@ -211,8 +218,9 @@ def draft_hidden(
     x = slots.astype(compute.dtype or drafter.fc.weight.dtype)
     config = drafter.config
     for number, (layer, kv) in enumerate(zip(drafter.layers, context, strict=True)):
+        first = 1 if number == config.num_layers - 1 else 0
         sight = {"window": config.window_of(number), "causal": config.is_causal_layer(number)}
-        run = compute.kept(partial(_run_layer, head_dim=config.head_dim, **sight))
+        run = compute.kept(partial(_run_layer, head_dim=config.head_dim, first=first, **sight))
         x = run(layer, x, kv, (context_lengths, block_lengths), cos_sin)
     return drafter.norm(x)
 
@@ -255,8 +263,8 @@ def draft_in_context(
     block_offset: Int32[Array, "*batch"],
     compute: Compute = AS_STORED,
     lookup: Lookup = take_rows,
-) -> Float[Array, "*batch anchor block hidden"]:
-    """Return the drafter's output for blocks at many anchors of one sequence whose `context_kv` is there already.
+) -> Float[Array, "*batch anchor drafted hidden"]:
+    """Return the drafter's output for slots 1 to B-1 of blocks at many anchors of one sequence, given its context.
 
     Args:
         drafter: the drafter.
@@ -301,8 +309,8 @@ def draft_blocks(
     position_offset: Int32[Array, "*batch"],
     compute: Compute = AS_STORED,
     lookup: Lookup = take_rows,
-) -> Float[Array, "*batch anchor block hidden"]:
-    """Return the drafter's output for blocks at many anchors of one sequence: what training and the check both run.
+) -> Float[Array, "*batch anchor drafted hidden"]:
+    """Return the drafter's output for slots 1 to B-1 of blocks at many anchors of one sequence, as training wants it.
 
     Args:
         drafter: the drafter.

@@ -109,7 +109,7 @@ def _hidden(
     block_lengths: Int32[Array, " anchor"],
     start: Int32[Array, ""],
     block_size: int,
-) -> Float[Array, "anchor block hidden"]:
+) -> Float[Array, "anchor drafted hidden"]:
     return draft_in_context(
         drafter,
         embed_tokens,
@@ -124,9 +124,9 @@ def _hidden(
 
 @jax.jit
 def _drafted(
-    drafter: Drafter, hidden: Float[Array, "anchor block hidden"], head: Float[Array, "draft_vocab hidden"]
+    drafter: Drafter, hidden: Float[Array, "anchor drafted hidden"], head: Float[Array, "draft_vocab hidden"]
 ) -> Int32[Array, "anchor drafted"]:
-    return drafted_tokens(drafter, hidden[:, 1:], head)
+    return drafted_tokens(drafter, hidden, head)
 
 
 @jax.jit
@@ -249,7 +249,7 @@ class Run:
         self._captured = {k: v for k, v in self._captured.items() if k in (keep.features, keep.labels)}
         self._tokens = {k: v for k, v in self._tokens.items() if k == _drafting(keep)}
 
-    def hidden(self, row: int, links: Links) -> list[Float[Array, "chunk block hidden"]]:
+    def hidden(self, row: int, links: Links) -> list[Float[Array, "chunk drafted hidden"]]:
         """Return the drafter's outputs for one text, in chunks of its padded anchors."""
         chain, one = self._chain, self.batch.texts[row]
         features = self.captured(links.features).features[row]

@@ -212,7 +212,7 @@ def block_loss(
         compute=compute,
         lookup=split_lookup(mesh, embed_tokens.shape[0]),
     )
-    hidden = pin(hidden, BLOCKS, mesh)[..., 1:, :]
+    hidden = pin(hidden, BLOCKS, mesh)
     labels, labelled, probabilities = slots.labels, slots.labelled, slots.probabilities
     rows: LinearCrossEntropy = linear_soft_cross_entropy(
         hidden.reshape(-1, hidden.shape[-1]),
