@@ -25,6 +25,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int32, UInt32
 
 from dflash_jax.core import InputError
+from dflash_jax.nn.product import on_one_cpu
 from dflash_jax.nn.rope_scaling import RopeScaling, scaling_to_json
 
 MAX_POSITION = 2**31 - 1
@@ -184,7 +185,11 @@ def rope_cos_sin(
         values = values * np.float32(rope.attention_factor)
         return _round_bfloat16(values) if rope.precision == "bfloat16" else values
 
-    return finish(jnp.cos(angles)), finish(jnp.sin(angles))
+    if not on_one_cpu():
+        return finish(jnp.cos(angles)), finish(jnp.sin(angles))
+    # what comes out of a loop is there: else XLA makes both anew, angles and all, for every head of every layer
+    cos, sin = lax.map(lambda is_sin: finish(lax.cond(is_sin, jnp.sin, jnp.cos, angles)), jnp.array([False, True]))
+    return cos, sin
 
 
 def apply_rope(
