@@ -5,6 +5,7 @@ turns is not compiled in works off items of `group` sequences x `anchor` anchors
 have the same number of rows whether there are many anchors per sequence or few.
 """
 
+import math
 from collections.abc import Collection, Iterable
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, replace
@@ -18,7 +19,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Int32, Int64
 
 from dflash_jax.accept.anchors import AnchorChoice, hash_text
-from dflash_jax.accept.hits import label_hits
+from dflash_jax.accept.hits import add_open_rows, no_open_rows, settle_open_rows
 from dflash_jax.accept.plan import Item, Job, plan_batches, plan_items
 from dflash_jax.cache import Cache, stack_sequences
 from dflash_jax.core import Move
@@ -34,7 +35,7 @@ from dflash_jax.drafter import (
     draft_rows_of,
 )
 
-MOST_RIVALS = 1024
+MOST_RIVALS = 512
 RIVAL_SHARE = 1 / 16
 
 
@@ -170,34 +171,44 @@ def _evaluate_items(
     """accept_len, hits and labelled slots of the first `num_items` items; zeros for the others.
 
     Items name rows of the batch and anchors in them. Memory beyond the inputs: the contexts' keys and values, one
-    item's scores (`group * anchor * block * heads * seq` float32), what `label_hits` takes, and a draft vocabulary's
-    rows of the head.
+    item's scores (`group * anchor * block * heads * seq` float32), its rows, logits of a block of rows, and a draft
+    vocabulary's rows of the head.
     """
     texts, head = _project(drafter, sequences), draft_head(drafter, head)
     rivals = head[rival_rows]
     draft = jax.vmap(partial(_draft_item, drafter, embed_tokens, block_size=block_size))
+    slots = (*anchors.shape[1:], block_size - 1)
+    places = jnp.arange(math.prod(slots), dtype=jnp.int32)
 
-    def evaluate(number: Int32[Array, ""], done):  # noqa: ANN001, ANN202  (three arrays, as returned)
+    def evaluate(number: Int32[Array, ""], done):  # noqa: ANN001, ANN202  (three, as at the start)
+        waiting, hits, labelled_slots = done
         own = jax.tree_util.tree_map(lambda leaf: leaf[rows[number]], texts)
         hidden, labels, labelled = draft(own, anchors[number])
         # a label outside the draft vocabulary cannot be drafted
         wanted = draft_rows_of(drafter, labels)
-        correct = label_hits(
+        waiting = add_open_rows(
+            waiting,
             hidden.reshape(-1, hidden.shape[-1]),
             jnp.maximum(wanted, 0).reshape(-1),
             (labelled & (wanted >= 0)).reshape(-1),
+            number * len(places) + places,
             head=head,
             rivals=rivals,
-        ).reshape(labels.shape)
-        # a hit is the label and a miss is no token at all: decoding's accept rule sees what it would see
-        accepted = accept_len(
-            jnp.where(correct, labels, -1), labels, num_drafted=labelled.sum(axis=-1, dtype=jnp.int32)
         )
-        return jax.tree_util.tree_map(lambda all_, one: all_.at[number].set(one), done, (accepted, correct, labelled))
+        waiting, hits = settle_open_rows(waiting, hits, head=head, all_=False)
+        return waiting, hits, labelled_slots.at[number].set(labelled)
 
-    slots = (*anchors.shape, block_size - 1)
-    start = (jnp.zeros(anchors.shape, jnp.int32), jnp.zeros(slots, bool), jnp.zeros(slots, bool))
-    return lax.fori_loop(jnp.int32(0), num_items, evaluate, start)
+    every = (len(anchors), *slots)
+    waiting = no_open_rows(len(places), head=head, dtype=drafter.fc.weight.dtype)
+    start = (waiting, jnp.zeros(math.prod(every), bool), jnp.zeros(every, bool))
+    waiting, hits, labelled = lax.fori_loop(jnp.int32(0), num_items, evaluate, start)
+    _, hits = settle_open_rows(waiting, hits, head=head, all_=True)
+    correct = hits.reshape(every)
+    # a hit is a token and a miss another: decoding's accept rule sees what it would see
+    accepted = accept_len(
+        correct.astype(jnp.int32), jnp.ones(every, jnp.int32), num_drafted=labelled.sum(axis=-1, dtype=jnp.int32)
+    )
+    return accepted, correct, labelled
 
 
 def label_counts(cache: Cache, indices: Iterable[int], *, vocab_size: int) -> Int64[np.ndarray, " vocab"]:

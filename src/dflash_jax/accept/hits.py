@@ -1,5 +1,9 @@
 """Whether labels are the head's argmax, without asking the whole head where a part of it settles the matter."""
 
+from dataclasses import replace
+from functools import partial
+
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -7,10 +11,11 @@ from jaxtyping import Array, Bool, Float, Int32
 
 from dflash_jax.nn import product, rows_product
 
-# Rows that meet the whole head at a time. On a CPU as many as `rows_product` takes in the order the head is stored in:
-# a last block that is not full is a small loss then. On an accelerator reading the head is what a block costs.
-ROWS_PER_BLOCK = 256
-ROWS_PER_BLOCK_ON_CPU = 64
+# Rows that meet the whole head at a time: the largest number while so many wait, at the end the least that holds the
+# rest. On a CPU no more than `rows_product` takes in the order the head is stored in, and 16 rows cost half of 64. On
+# an accelerator reading the head is what a block costs, however few its rows.
+ROWS_PER_BLOCK = (256,)
+ROWS_PER_BLOCK_ON_CPU = (16, 32, 48, 64)
 MOST_LOGITS = 2**24
 """Logits that exist at a time at most: 64 MiB of float32, as `nn.greedy_tokens` allows itself."""
 
@@ -51,10 +56,107 @@ def _is_argmax(
 
     Asked so, and not whether no column beats it: a row of NaN, where no column beats any, is no hit.
     """
-    logits = rows_product(hidden, head, out=jnp.float32)
-    own = jnp.take_along_axis(logits, labels[:, None], axis=-1)
-    higher = lax.broadcasted_iota(jnp.int32, logits.shape, 1) >= labels[:, None]
-    return ((logits < own) | ((logits == own) & higher)).all(axis=-1)
+    # tokens first, as `rows_product` makes them on a CPU: the comparison then reads them in the order they lie in
+    logits = rows_product(hidden, head, out=jnp.float32).T
+    own = jnp.take_along_axis(logits, labels[None], axis=0)
+    higher = lax.broadcasted_iota(jnp.int32, logits.shape, 0) >= labels[None]
+    return ((logits < own) | ((logits == own) & higher)).all(axis=0)
+
+
+class OpenRows(eqx.Module):
+    """Rows that rivals have left open, and that wait for the whole head until there are enough of them.
+
+    Attributes:
+        hidden: the rows; those past `count` mean nothing.
+        labels: of each.
+        places: where each one's answer goes.
+        count: rows that wait.
+    """
+
+    hidden: Float[Array, "room hidden"]
+    labels: Int32[Array, " room"]
+    places: Int32[Array, " room"]
+    count: Int32[Array, ""]
+
+
+def _block_sizes(vocab_size: int) -> list[int]:
+    """Numbers of rows that may meet the whole head at a time, rising."""
+    sizes = ROWS_PER_BLOCK_ON_CPU if jax.default_backend() == "cpu" else ROWS_PER_BLOCK
+    return sorted({max(1, min(size, MOST_LOGITS // vocab_size)) for size in sizes})
+
+
+def no_open_rows(rows: int, *, head: Float[Array, "vocab hidden"], dtype: jnp.dtype) -> OpenRows:
+    """Return an empty list with room for `rows` more than ever wait for a block; `dtype` is that of hidden rows."""
+    room = rows + _block_sizes(head.shape[0])[-1]
+    zeros = jnp.zeros(room, jnp.int32)
+    return OpenRows(hidden=jnp.zeros((room, head.shape[1]), dtype), labels=zeros, places=zeros, count=jnp.int32(0))
+
+
+def add_open_rows(
+    waiting: OpenRows,
+    hidden: Float[Array, "row hidden"],
+    labels: Int32[Array, " row"],
+    asked: Bool[Array, " row"],
+    places: Int32[Array, " row"],
+    *,
+    head: Float[Array, "vocab hidden"],
+    rivals: Float[Array, "rival hidden"],
+) -> OpenRows:
+    """Add the rows whose label beats every rival, or may: of the others it is known that they are no hits.
+
+    Args:
+        waiting: rows from before.
+        hidden: rows after the drafter's final norm.
+        labels: token ids, in range.
+        asked: rows that matter.
+        places: where each one's answer goes, as `settle_open_rows` has it.
+        head: the vocabulary head.
+        rivals: rows of the head that labels are held against first; those of frequent tokens settle most.
+    """
+    left = asked & ~_surely_wrong(hidden, labels, head, rivals)
+    room = waiting.labels.shape[0]
+    # one after the other behind those that wait; a row that is settled goes nowhere
+    at = jnp.where(left, waiting.count + jnp.cumsum(left, dtype=jnp.int32) - 1, room)
+    return OpenRows(
+        hidden=waiting.hidden.at[at].set(hidden, mode="drop"),
+        labels=waiting.labels.at[at].set(labels, mode="drop"),
+        places=waiting.places.at[at].set(places, mode="drop"),
+        count=waiting.count + left.sum(dtype=jnp.int32),
+    )
+
+
+def settle_open_rows(
+    waiting: OpenRows, hits: Bool[Array, " place"], *, head: Float[Array, "vocab hidden"], all_: bool
+) -> tuple[OpenRows, Bool[Array, " place"]]:
+    """Meet the whole head with the rows that wait, and write at their places which of them are hits.
+
+    Args:
+        waiting: rows.
+        hits: all answers; the others are left alone.
+        head: the vocabulary head.
+        all_: whether no row may wait on; else those stay that do not fill a block.
+    """
+    sizes = _block_sizes(head.shape[0])
+    fewest = 1 if all_ else sizes[-1]
+
+    def settle(size: int, count: Int32[Array, ""], hits: Bool[Array, " place"]):  # noqa: ANN202  (both, after it)
+        # the last ones, so that none must move; a block that is not full has rows behind them that mean nothing
+        start = jnp.maximum(count - size, 0)
+        hidden, labels, places = (
+            lax.dynamic_slice_in_dim(rows, start, size) for rows in (waiting.hidden, waiting.labels, waiting.places)
+        )
+        waits = start + jnp.arange(size, dtype=jnp.int32) < count
+        places = jnp.where(waits, places, hits.shape[0])
+        return start, hits.at[places].set(_is_argmax(hidden, labels, head), mode="drop")
+
+    def settle_some(done: tuple[Int32[Array, ""], Bool[Array, " place"]]):  # noqa: ANN202
+        if not all_:
+            return settle(sizes[-1], *done)
+        size = jnp.searchsorted(jnp.array(sizes[:-1], jnp.int32), done[0])
+        return lax.switch(size, [partial(settle, size) for size in sizes], *done)
+
+    count, hits = lax.while_loop(lambda done: done[0] >= fewest, settle_some, (waiting.count, hits))
+    return replace(waiting, count=count), hits
 
 
 def label_hits(
@@ -67,26 +169,9 @@ def label_hits(
 ) -> Bool[Array, " row"]:
     """Return `asked & (labels == greedy_tokens(hidden, head))`, at the cost of the rows that rivals leave open.
 
-    A row that holds a NaN is no hit, whatever its label.
-
-    Args:
-        hidden: rows after the drafter's final norm.
-        labels: token ids, in range.
-        asked: rows that matter.
-        head: the vocabulary head.
-        rivals: rows of the head that labels are held against first; those of frequent tokens settle most.
+    A row that holds a NaN is no hit, whatever its label. Arguments are those of `add_open_rows`.
     """
-    rows, vocab = hidden.shape[0], head.shape[0]
-    most = ROWS_PER_BLOCK_ON_CPU if jax.default_backend() == "cpu" else ROWS_PER_BLOCK
-    block = max(1, min(most, rows, MOST_LOGITS // vocab))
-    left = asked & ~_surely_wrong(hidden, labels, head, rivals)
-    num_left = left.sum(dtype=jnp.int32)
-    # the rows that are left come first; a last block that is not full repeats row 0, whose answer is its own
-    order = jnp.pad(jnp.argsort(~left, stable=True).astype(jnp.int32), (0, -rows % block))
-
-    def settle(number: Int32[Array, ""], hits: Bool[Array, " row"]) -> Bool[Array, " row"]:
-        at = lax.dynamic_slice(order, (number * block,), (block,))
-        return hits.at[at].set(_is_argmax(hidden[at], labels[at], head))
-
-    hits = lax.fori_loop(jnp.int32(0), (num_left + block - 1) // block, settle, jnp.zeros(rows, bool))
-    return hits & left
+    rows = jnp.arange(hidden.shape[0], dtype=jnp.int32)
+    waiting = no_open_rows(hidden.shape[0], head=head, dtype=hidden.dtype)
+    waiting = add_open_rows(waiting, hidden, labels, asked, rows, head=head, rivals=rivals)
+    return settle_open_rows(waiting, jnp.zeros(hidden.shape[0], bool), head=head, all_=True)[1]
