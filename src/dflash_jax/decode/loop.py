@@ -33,7 +33,7 @@ from dflash_jax.drafter import (
     draft_head,
     draft_hidden,
     drafted_tokens,
-    embed_slots,
+    embed_inputs,
 )
 from dflash_jax.nn import write_rows
 from dflash_jax.targets import KVCache, Target, constrain, extend, next_ids, pin_cache, prefill
@@ -201,12 +201,11 @@ def draft(target: Target, drafter: Drafter, state: DecodeState, *, block_size: i
     assert state.context is not None
     slot = jnp.arange(block_size, dtype=jnp.int32)
     anchor = jnp.take_along_axis(state.tokens, state.start[:, None], axis=1)
-    slots = embed_slots(target.embed_tokens, anchor, drafter.config, block_size=block_size)
     first = state.kv.position_offset + state.start
     hidden = draft_hidden(
         drafter,
         state.context,
-        slots,
+        embed_inputs(target.embed_tokens, anchor, drafter.config),
         positions=first[:, None, None] + slot[None, None],
         context_lengths=state.start[:, None],
         block_lengths=(state.limit - state.start)[:, None],

@@ -37,7 +37,7 @@ from dflash_jax.drafter.model import (
     draft_blocks,
     draft_hidden,
     draft_in_context,
-    embed_slots,
+    embed_inputs,
     init_drafter,
     take_rows,
 )
@@ -73,7 +73,7 @@ __all__ = [
     "drafter_fingerprint",
     "drafter_shapes",
     "eligible_anchors",
-    "embed_slots",
+    "embed_inputs",
     "from_offsets",
     "init_drafter",
     "load_drafter",

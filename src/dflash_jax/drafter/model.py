@@ -163,9 +163,19 @@ def context_kv(
     return tuple(one(layer, rows, cos_sin) for layer in drafter.layers)
 
 
+def _spread(
+    rows: Float[Array, "*batch anchor some channels"], *, block: int
+) -> Float[Array, "*batch anchor block channels"]:
+    """A row for every slot, of slot 0's and of the one that all masks share; rows of all slots stay as they are."""
+    if rows.shape[-2] == block:
+        return rows
+    masks = jnp.broadcast_to(rows[..., 1:, :], (*rows.shape[:-2], block - 1, rows.shape[-1]))
+    return jnp.concatenate([rows[..., :1, :], masks], axis=-2)
+
+
 def _run_layer(
     layer: DrafterLayer,
-    x: Float[Array, "*batch anchor block hidden"],
+    x: Float[Array, "*batch anchor some hidden"],
     kv: ContextKV,
     lengths: tuple[Int32[Array, "*batch anchor"], Int32[Array, "*batch anchor"]],
     cos_sin: tuple[Float[Array, "*batch anchor block half_dim"], Float[Array, "*batch anchor block half_dim"]],
@@ -177,24 +187,26 @@ def _run_layer(
 ) -> Float[Array, "*batch anchor asked hidden"]:
     """One layer over the slots; `lengths` are the contexts' and the blocks', for the rest see `block_attention`.
 
+    Rows are those of every slot, or of slot 0 and of all masks: what is the same for every mask is then made once.
     Slots before `first` are seen by the others, and get no output of their own.
     """
+    block = cos_sin[0].shape[-2]
     attention, y = layer.self_attn, layer.input_layernorm(x)
     q, k, v = (
-        projection(y).reshape(*y.shape[:-1], -1, head_dim)
-        for projection in (attention.q_proj, attention.k_proj, attention.v_proj)
+        _spread(projection(y), block=block) for projection in (attention.q_proj, attention.k_proj, attention.v_proj)
     )
+    q, k, v = (rows.reshape(*rows.shape[:-1], -1, head_dim) for rows in (q, k, v))
     q, k = apply_rope(attention.q_norm(q), cos_sin), apply_rope(attention.k_norm(k), cos_sin)
     attended = block_attention(q, kv.k, kv.v, lengths[0], k, v, lengths[1], window=window, causal=causal)
-    attended = attended.reshape(*y.shape[:-1], -1)
-    x = x[..., first:, :] + attention.o_proj(attended[..., first:, :])
+    attended = attended.reshape(*attended.shape[:-2], -1)
+    x = _spread(x, block=block)[..., first:, :] + attention.o_proj(attended[..., first:, :])
     return x + layer.mlp(layer.post_attention_layernorm(x))
 
 
 def draft_hidden(
     drafter: Drafter,
     context: tuple[ContextKV, ...],
-    slots: Float[Array, "*batch anchor block hidden"],
+    inputs: Float[Array, "*batch anchor 2 hidden"],
     *,
     positions: Int32[Array, "*batch anchor block"],
     context_lengths: Int32[Array, "*batch anchor"],
@@ -208,14 +220,14 @@ def draft_hidden(
     Args:
         drafter: the drafter.
         context: one sequence's `context_kv`.
-        slots: embeddings of the block inputs: the anchor token, then mask tokens.
+        inputs: of each block, `embed_inputs`: slot 0's embedding, and that of all other slots.
         positions: absolute position of each slot.
         context_lengths: rows each block may see, the first ones: those strictly before its anchor.
         block_lengths: slots that exist, the first ones; the others are computed and mean nothing.
         compute: how it is computed.
     """
     cos_sin = rope_cos_sin(drafter.config.rope, positions)
-    x = slots.astype(compute.dtype or drafter.fc.weight.dtype)
+    x = inputs.astype(compute.dtype or drafter.fc.weight.dtype)
     config = drafter.config
     for number, (layer, kv) in enumerate(zip(drafter.layers, context, strict=True)):
         first = 1 if number == config.num_layers - 1 else 0
@@ -230,25 +242,23 @@ def take_rows(table: Float[Array, "vocab hidden"], ids: Int32[Array, "*ids"]) ->
     return table[ids]
 
 
-def embed_slots(
+def embed_inputs(
     embed_tokens: Float[Array, "vocab hidden"],
     anchor_tokens: Int32[Array, "*anchors"],
     config: DrafterConfig,
     *,
-    block_size: int,
     lookup: Lookup = take_rows,
-) -> Float[Array, "*anchors block hidden"]:
-    """Return block inputs: the anchor token's embedding in slot 0, the mask token's in slots 1 to B-1.
+) -> Float[Array, "*anchors 2 hidden"]:
+    """Return each block's inputs: the anchor token's embedding, of slot 0, and the mask token's, of slots 1 to B-1.
 
     Args:
         embed_tokens: the target's embedding.
         anchor_tokens: id of each block's first token.
         config: of the drafter.
-        block_size: slots per block.
         lookup: rows of the embedding by id; another one than `take_rows` where devices share the table.
     """
-    masks = jnp.full((*anchor_tokens.shape, block_size - 1), config.mask_token_id, jnp.int32)
-    return lookup(embed_tokens, jnp.concatenate([anchor_tokens[..., None], masks], axis=-1))
+    masks = jnp.full_like(anchor_tokens, config.mask_token_id)
+    return lookup(embed_tokens, jnp.stack([anchor_tokens, masks], axis=-1))
 
 
 def draft_in_context(
@@ -276,20 +286,14 @@ def draft_in_context(
         block_size: slots computed per block.
         block_offset: absolute position of token 0, as the slots' positions count it.
         compute: how it is computed.
-        lookup: see `embed_slots`.
+        lookup: see `embed_inputs`.
     """
     slot = jnp.arange(block_size, dtype=jnp.int32)
     firsts = block_offset[..., None] + anchors
     return draft_hidden(
         drafter,
         context,
-        embed_slots(
-            embed_tokens,
-            jnp.take_along_axis(token_ids, anchors, axis=-1),
-            drafter.config,
-            block_size=block_size,
-            lookup=lookup,
-        ),
+        embed_inputs(embed_tokens, jnp.take_along_axis(token_ids, anchors, axis=-1), drafter.config, lookup=lookup),
         positions=firsts[..., None] + jnp.expand_dims(slot, tuple(range(anchors.ndim))),
         context_lengths=anchors,
         block_lengths=block_lengths,
@@ -323,7 +327,7 @@ def draft_blocks(
         block_size: slots computed per block.
         position_offset: absolute position of token 0.
         compute: how it is computed.
-        lookup: see `embed_slots`.
+        lookup: see `embed_inputs`.
     """
     index = jnp.arange(features.shape[-2], dtype=jnp.int32)
     positions = position_offset[..., None] + jnp.expand_dims(index, tuple(range(position_offset.ndim)))
