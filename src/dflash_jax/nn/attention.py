@@ -1,6 +1,6 @@
 """Grouped-query attention of a target over its KV cache.
 
-Scores and softmax are float32. A query that may see nothing gets zeros, never NaN.
+Scores and softmax are float32. Every query sees its own row at least.
 """
 
 from typing import Literal
@@ -17,13 +17,13 @@ QUERIES_PER_CHUNK = 256  # bounds the score matrix of a long prefill to batch * 
 # causal mask leaves empty is still computed. More spans save little and take longer to compile.
 MOST_SPANS = 4
 SPAN_MULTIPLE = 128
-_MASKED = -1e30  # finite, so that an all-masked row gives zeros through its zero weights and not NaN
+_MASKED = -1e30  # beside a key that is seen it takes no weight; finite, so that no difference is NaN
 
 
 def _softmax_parts(
     scores: Float[Array, "*rows key"], mask: Bool[Array, "*rows key"], sinks: Float[Array, "*rows"] | None = None
 ) -> tuple[Float[Array, "*rows key"], Float[Array, "*rows 1"]]:
-    """Unnormalised weights of a softmax over keys, and their sum.
+    """Unnormalised weights of a softmax over keys, of which each row sees one at least, and their sum.
 
     `sinks` are logits that take their share of the sum and give no value.
     """
@@ -32,11 +32,11 @@ def _softmax_parts(
     if sinks is not None:
         top = jnp.maximum(top, sinks)
     top = lax.stop_gradient(top)[..., None]
-    weights = jnp.where(mask, jnp.exp(scores - top), 0.0)
+    weights = jnp.exp(scores - top)
     total = weights.sum(axis=-1, keepdims=True)
     if sinks is not None:
         total += jnp.exp(sinks[..., None] - top)
-    return weights, jnp.where(total == 0, 1.0, total)
+    return weights, total
 
 
 def _rows_in_reach(
