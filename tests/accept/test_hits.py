@@ -7,7 +7,7 @@ import pytest
 
 from dflash_jax.accept import hits as hits_module
 from dflash_jax.accept import label_hits
-from dflash_jax.accept.hits import _surely_wrong
+from dflash_jax.accept.hits import _surely_wrong, add_open_rows, no_open_rows, settle_open_rows
 from dflash_jax.nn import greedy_tokens
 
 VOCAB, HIDDEN = 61, 17
@@ -41,6 +41,38 @@ def test_a_hit_is_the_argmax(rows, rivals):
         wanted.append(np.asarray(asked & (greedy_tokens(hidden, head) == labels)))
     assert np.concatenate(found).tolist() == np.concatenate(wanted).tolist()
     assert rows == 1 or 0.1 < np.concatenate(wanted).mean() < 0.9
+
+
+@pytest.mark.parametrize("most", [5, 2**24])
+def test_rows_that_wait_for_others_get_their_answers(monkeypatch, most):
+    """Six parts of 37 rows, whose answers are wanted in another order."""
+    monkeypatch.setattr(hits_module, "MOST_LOGITS", most * VOCAB)
+    hidden, labels, asked, head = some_case(6, rows=222)
+    places = jnp.asarray(np.random.default_rng(0).permutation(222).astype(np.int32))
+
+    @jax.jit
+    def run(hidden, labels, asked, places, head):
+        waiting, hits = no_open_rows(37, head=head, dtype=hidden.dtype), jnp.zeros(222, bool)
+        counts = []
+        for start in range(0, 222, 37):
+            part = slice(start, start + 37)
+            rows = hidden[part], labels[part], asked[part], places[part]
+            waiting = add_open_rows(waiting, *rows, head=head, rivals=head[9:12])
+            counts.append(waiting.count)
+            waiting, hits = settle_open_rows(waiting, hits, head=head, all_=False)
+            counts.append(waiting.count)
+        waiting, hits = settle_open_rows(waiting, hits, head=head, all_=True)
+        return hits, jnp.stack([*counts, waiting.count])
+
+    hits, counts = run(hidden, labels, asked, places, head)
+    wanted = asked & (greedy_tokens(hidden, head) == labels)
+    assert np.asarray(hits)[np.asarray(places)].tolist() == np.asarray(wanted).tolist()
+    counts = counts.tolist()
+    assert counts[-1] == 0
+    block = min(most, 64)
+    assert max(counts[1::2]) < block
+    assert max(counts) >= block  # a block was full before the end
+    assert most < 64 or any(0 < count < block for count in counts[1::2])  # and some waited
 
 
 @pytest.mark.slow
