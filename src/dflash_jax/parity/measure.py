@@ -104,7 +104,7 @@ class _DriftSoFar:
             for links in (sound, alone)
         )
         slots = np.clip(one.limit - one.prompt_len - np.arange(one.num_anchors), 1, block_size)
-        self._drafter.add(relative_errors(found, wanted)[np.arange(block_size)[None] < slots[:, None]])
+        self._drafter.add(relative_errors(found, wanted)[np.arange(1, block_size)[None] < slots[:, None]])
 
     def value(self) -> Drift:
         """The drift of all batches together."""
