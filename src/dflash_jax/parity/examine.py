@@ -187,7 +187,7 @@ def examine_drafter_angles(run: Run, ours: Mapping[int, Links]) -> Finding:
 def _drafter_outputs(run: Run, links: Links) -> Float[np.ndarray, "slots hidden"]:
     """The drafter's outputs at slots 1 to B-1 of every anchor of a batch."""
     parts = [np.asarray(chunk, np.float32) for row in range(len(run.batch.texts)) for chunk in run.hidden(row, links)]
-    hidden = np.concatenate(parts)[:, 1:]
+    hidden = np.concatenate(parts)
     return hidden.reshape(-1, hidden.shape[-1])
 
 
