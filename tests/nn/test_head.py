@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from dflash_jax.nn import LinearCrossEntropy, greedy_tokens, linear_cross_entropy, linear_soft_cross_entropy, top_tokens
-from dflash_jax.nn.head import DIRECT_LOGITS, VOCAB_CHUNK
+from dflash_jax.nn.head import COLUMNS_PER_PART, DIRECT_LOGITS, ROWS_PER_BLOCK_ON_CPU, VOCAB_CHUNK, _best_columns
+from dflash_jax.nn.product import on_one_cpu
 from support.jaxprs import largest_array
 
 # two whole chunks and a rest, whole chunks only, less than a chunk
@@ -22,9 +23,9 @@ def whole_numbers(seed, *shape):
     return np.random.default_rng(seed).integers(-3, 4, shape)
 
 
+@pytest.mark.parametrize("vocab", VOCABS[:2])
 @pytest.mark.parametrize("rows", [3, 1031])
-def test_greedy_tokens_are_numpys_argmax(rows):
-    vocab = VOCABS[0]
+def test_greedy_tokens_are_numpys_argmax(rows, vocab):
     assert (rows * vocab > DIRECT_LOGITS) == (rows == 1031)  # the direct product, and the chunks
     hidden, head = whole_numbers(0, rows, 3), whole_numbers(1, vocab, 3)
     got = greedy(jnp.asarray(hidden, jnp.float32), jnp.asarray(head, jnp.float32))
@@ -53,6 +54,19 @@ def test_all_logits_may_be_negative_and_rows_keep_their_shape():
     got = greedy(jnp.ones((2, 600, 1)), jnp.asarray(head))
     assert got.shape == (2, 600)
     assert set(got.ravel().tolist()) == {9000}
+
+
+def test_the_best_column_of_parts_is_numpys_argmax():
+    """Ties within a part, across parts, in the last column; rows all alike; rows without a finite number."""
+    logits = np.random.default_rng(3).integers(0, 40, (50, 4 * COLUMNS_PER_PART)).astype(np.float32)
+    logits[0] = 7
+    logits[1] = -np.inf
+    logits[2, [5, 6, 300]] = 99
+    logits[3, [-1, 200]] = 99
+    logits[4, -1] = 99
+    score, index = _best_columns(jnp.asarray(logits))
+    np.testing.assert_array_equal(index, logits.argmax(axis=1))
+    np.testing.assert_array_equal(score, logits.max(axis=1))
 
 
 def reference(hidden, head, labels):
@@ -197,5 +211,7 @@ def test_nothing_of_rows_times_vocabulary_is_made():
     head = jax.ShapeDtypeStruct((vocab, hidden), jnp.float32)
     labels = jax.ShapeDtypeStruct((rows,), jnp.int32)
     loss = jax.grad(lambda x, head, labels: linear_cross_entropy(x, head, labels).loss.sum())
-    for made in (jax.make_jaxpr(loss)(x, head, labels), jax.make_jaxpr(greedy_tokens)(x, head)):
-        assert largest_array(made.jaxpr) == rows * VOCAB_CHUNK
+    assert largest_array(jax.make_jaxpr(loss)(x, head, labels).jaxpr) == rows * VOCAB_CHUNK
+    # one CPU takes all columns of some rows, others some columns of all rows
+    some = ROWS_PER_BLOCK_ON_CPU * vocab if on_one_cpu() else rows * VOCAB_CHUNK
+    assert largest_array(jax.make_jaxpr(greedy_tokens)(x, head).jaxpr) == some < rows * vocab / 3

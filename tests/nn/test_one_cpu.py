@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 TESTS = Path(__file__).parent.parent
-FILES = ["nn/test_product.py", "nn/test_norm_mlp.py", "nn/test_attention.py", "nn/test_blocks.py"]
+FILES = [f"nn/test_{name}.py" for name in ("product", "norm_mlp", "attention", "blocks", "head", "rope")]
 
 
 @pytest.mark.slow
