@@ -6,11 +6,19 @@ import numpy as np
 import pytest
 
 from dflash_jax.accept import hits as hits_module
-from dflash_jax.accept import label_hits
 from dflash_jax.accept.hits import _surely_wrong, add_open_rows, no_open_rows, settle_open_rows
 from dflash_jax.nn import greedy_tokens
 
 VOCAB, HIDDEN = 61, 17
+
+
+def label_hits(hidden, labels, asked, *, head, rivals):
+    """Which labels are the argmax, of rows that wait for no others."""
+    rows = len(hidden)
+    waiting = no_open_rows(rows, head=head, dtype=hidden.dtype)
+    places = jnp.arange(rows, dtype=jnp.int32)
+    waiting = add_open_rows(waiting, hidden, labels, asked, places, head=head, rivals=rivals)
+    return settle_open_rows(waiting, jnp.zeros(rows, bool), head=head, all_=True)[1]
 
 
 def some_case(seed, *, rows):

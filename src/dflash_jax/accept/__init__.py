@@ -9,7 +9,6 @@ from dflash_jax.accept.anchors import AnchorChoice, hash_text, parse_anchors
 from dflash_jax.accept.compare import compare, difference_interval, pair_results
 from dflash_jax.accept.evaluate import SequenceResult, evaluate_cache, label_counts, walk_chain
 from dflash_jax.accept.fit import check_block_size, check_fit
-from dflash_jax.accept.hits import label_hits
 from dflash_jax.accept.statistics import (
     bootstrap_interval,
     by_context_length,
@@ -37,7 +36,6 @@ __all__ = [
     "evaluate_cache",
     "hash_text",
     "label_counts",
-    "label_hits",
     "offset_differences",
     "pair_results",
     "parse_anchors",

@@ -104,6 +104,8 @@ def add_open_rows(
 ) -> OpenRows:
     """Add the rows whose label beats every rival, or may: of the others it is known that they are no hits.
 
+    In the end a row is a hit where `asked & (labels == greedy_tokens(hidden, head))`. One that holds a NaN is none.
+
     Args:
         waiting: rows from before.
         hidden: rows after the drafter's final norm.
@@ -157,21 +159,3 @@ def settle_open_rows(
 
     count, hits = lax.while_loop(lambda done: done[0] >= fewest, settle_some, (waiting.count, hits))
     return replace(waiting, count=count), hits
-
-
-def label_hits(
-    hidden: Float[Array, "row hidden"],
-    labels: Int32[Array, " row"],
-    asked: Bool[Array, " row"],
-    *,
-    head: Float[Array, "vocab hidden"],
-    rivals: Float[Array, "rival hidden"],
-) -> Bool[Array, " row"]:
-    """Return `asked & (labels == greedy_tokens(hidden, head))`, at the cost of the rows that rivals leave open.
-
-    A row that holds a NaN is no hit, whatever its label. Arguments are those of `add_open_rows`.
-    """
-    rows = jnp.arange(hidden.shape[0], dtype=jnp.int32)
-    waiting = no_open_rows(hidden.shape[0], head=head, dtype=hidden.dtype)
-    waiting = add_open_rows(waiting, hidden, labels, asked, rows, head=head, rivals=rivals)
-    return settle_open_rows(waiting, jnp.zeros(hidden.shape[0], bool), head=head, all_=True)[1]

@@ -314,7 +314,7 @@ def draft_blocks(
     compute: Compute = AS_STORED,
     lookup: Lookup = take_rows,
 ) -> Float[Array, "*batch anchor drafted hidden"]:
-    """Return the drafter's output for slots 1 to B-1 of blocks at many anchors of one sequence, as training wants it.
+    """Return the drafter's output for slots 1 to B-1 of blocks at many anchors of one sequence, from its features.
 
     Args:
         drafter: the drafter.

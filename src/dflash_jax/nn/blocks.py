@@ -192,7 +192,7 @@ def _attend_backward(
 
 
 def _chunked(tree: Any, size: int, num_chunks: int) -> Any:
-    """Leaves with axis 0 cut into chunks; the last one is filled up with zeros: blocks that see nothing."""
+    """Leaves with axis 0 cut into chunks; the last one is filled up with zeros, whose results are cut off."""
 
     def cut(leaf: Array) -> Array:
         pad = size * num_chunks - leaf.shape[0]
@@ -235,8 +235,8 @@ def _within_reach(compute: Callable[[_Blocks, _Context], Any], blocks: _Blocks, 
 def _with_bias(blocks: _Blocks, *, rows: int, sight: _Sight) -> _Blocks:
     """The blocks with what masks their context rows, for a loop over chunks of them on a CPU.
 
-    Made within the loop, XLA compares lengths anew for every head and slot, twice; a sum takes a third less time for
-    the whole attention. An accelerator has these comparisons for nothing.
+    Made within the loop, XLA compares lengths anew for every head and slot, twice; with a sum the whole attention takes
+    a sixth less time. An accelerator has these comparisons for nothing.
     """
     if jax.default_backend() != "cpu" or sight.window is not None:
         return blocks
@@ -411,8 +411,9 @@ def block_attention(
         block 0 (anchor 2)   x x . .   x x   . .
         block 1 (anchor 4)   x x x x   . .   x x
 
-    The context is not copied per block, no other block's slots are ever scored, and scores and masks exist for
-    `anchors_per_chunk` blocks of a sequence at a time, backward too. Scores, softmax and sums are float32; products are
+    The context is not copied per block, no other block's slots are ever scored, and scores exist for
+    `anchors_per_chunk` blocks of a sequence at a time, backward too; so do masks, but on a CPU without a window, where
+    each block has one row of them throughout: `anchor * context` float32. Scores, softmax and sums are float32; products are
     of `q`'s dtype. Where nothing is seen the result is zero.
 
     On an NVIDIA GPU with 16-bit activations, cuDNN's fused attention does it: no score is ever stored, groups of
