@@ -413,8 +413,8 @@ def block_attention(
 
     The context is not copied per block, no other block's slots are ever scored, and scores exist for
     `anchors_per_chunk` blocks of a sequence at a time, backward too; so do masks, but on a CPU without a window, where
-    each block has one row of them throughout: `anchor * context` float32. Scores, softmax and sums are float32; products are
-    of `q`'s dtype. Where nothing is seen the result is zero.
+    each block has one row of them throughout: `anchor * context` float32. Scores, softmax and sums are float32;
+    products are of `q`'s dtype. Where nothing is seen the result is zero.
 
     On an NVIDIA GPU with 16-bit activations, cuDNN's fused attention does it: no score is ever stored, groups of
     `BLOCKS_PER_GROUP` blocks have a copy of the context each, and the backward pass adds in no fixed order.
