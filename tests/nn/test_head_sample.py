@@ -115,3 +115,14 @@ def test_a_sample_of_everything_is_the_softmax():
         np.testing.assert_allclose(got.loss, whole.loss, rtol=1e-6)
         np.testing.assert_allclose(sampled_slope, slope, atol=1e-6)
         assert got.tokens.tolist() == whole.tokens.tolist()
+
+
+def test_a_wider_head_is_narrowed_as_its_rows_are_taken():
+    hidden, head, ids, shares = inputs(64)
+    narrow, rows = jnp.asarray(head, jnp.bfloat16), jnp.asarray(hidden, jnp.bfloat16)
+    found, expected = (
+        online_pass(rows, table, jnp.asarray(ids), jnp.asarray(shares), jax.random.key(3), sampled=24)
+        for table in (jnp.asarray(head), narrow)
+    )
+    for ours, theirs in zip(*map(jax.tree_util.tree_leaves, (found, expected)), strict=True):
+        np.testing.assert_array_equal(ours, theirs)

@@ -15,6 +15,17 @@ def test_product_is_einsum():
     assert product("ij,jk->ik", narrow, narrow, out=jnp.float32).dtype == jnp.float32
 
 
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="it is on a CPU that sums in 16 bits are slow")
+def test_16_bit_products_are_summed_in_float32_on_a_cpu():
+    narrow = jnp.ones((3, 3), jnp.bfloat16)
+    (made,) = [
+        line
+        for line in str(jax.make_jaxpr(lambda x: product("ij,jk->ik", x, x))(narrow)).splitlines()
+        if "dot_general" in line
+    ]
+    assert "f32[3,3] = dot_general" in made
+
+
 @pytest.mark.parametrize("rows", [(), (1,), (2,), (8, 1), (4, 16), (65,)], ids=str)
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=str)
 def test_rows_product(rows: tuple[int, ...], dtype: jnp.dtype):

@@ -12,7 +12,7 @@ from dflash_jax.drafter import StoredSequence
 from dflash_jax.targets import load_target
 from dflash_jax.train.init import drafter_config, new_drafter
 from dflash_jax.train.optimizer import learning_rate_schedule
-from dflash_jax.train.step import make_step, new_state
+from dflash_jax.train.step import frozen_ends, make_step, new_state
 from support import tiny, tiny_chain
 
 
@@ -113,12 +113,9 @@ class TwoSteps(NamedTuple):
     results: tuple
 
 
-@pytest.fixture(scope="module")
-def two_steps(target, warm):
-    settings = {"steps": 10, "warmup_ratio": 0.2, "weight_decay": 0.3, "clip_norm": 0.5}
-    config = tiny_chain.train_config(Path(), Path(), Path(), anchors_per_sequence=64, **settings)
+def some_batch():
     draw = np.random.default_rng(1)
-    batch = StoredSequence(
+    return StoredSequence(
         features=jnp.asarray(draw.normal(0, 1, (3, 16, 48)), jnp.float32),
         token_ids=jnp.asarray(draw.integers(0, 53, (3, 16)), jnp.int32),
         next_ids=jnp.asarray(draw.integers(0, 53, (3, 16)), jnp.int32),
@@ -127,6 +124,13 @@ def two_steps(target, warm):
         limit=jnp.array([99, 99, 99], jnp.int32),
         position_offset=jnp.array([0, 0, 5], jnp.int32),
     )
+
+
+@pytest.fixture(scope="module")
+def two_steps(target, warm):
+    settings = {"steps": 10, "warmup_ratio": 0.2, "weight_decay": 0.3, "clip_norm": 0.5}
+    config = tiny_chain.train_config(Path(), Path(), Path(), anchors_per_sequence=64, **settings)
+    batch = some_batch()
     # a copy: the step takes the state's own buffers
     state = new_state(jax.tree_util.tree_map(jnp.copy, warm), config)
     step, states, results = make_step(config), [], []
@@ -185,3 +189,13 @@ def test_statistics_are_of_the_weights_before_the_update(two_steps):
     first, second, third = (float(result.statistics.loss) for result in two_steps.results)
     assert second == pytest.approx(first, rel=1e-6)
     assert third < second
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="it is XLA for CPUs that widens 16-bit tables")
+def test_a_bfloat16_step_widens_no_whole_table_to_take_rows_of_it(target, warm):
+    config = some_config(anchors_per_sequence=4, dtype="bfloat16", sampled_vocab=16)
+    ends = frozen_ends(target.embed_tokens, target.head, config)
+    text = str(make_step(config).lower(new_state(warm, config), *ends, some_batch()).compile().as_text())
+    vocab, hidden = target.embed_tokens.shape
+    assert f"f32[{vocab},{hidden}]" in text
+    assert f"bf16[{vocab},{hidden}]" not in text

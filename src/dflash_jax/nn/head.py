@@ -185,7 +185,7 @@ def _expected_labels(
     def add(carry: tuple[Array, Array], label: tuple[Array, Array]) -> tuple[tuple[Array, Array], None]:
         logit, row = carry
         label_ids, weights = label
-        label_rows = head[label_ids]
+        label_rows = head[label_ids].astype(hidden.dtype)
         label_logits = product("rh,rh->r", hidden, label_rows, out=jnp.float32)
         return (logit + weights * label_logits, row + weights[:, None] * label_rows.astype(jnp.float32)), None
 
@@ -227,7 +227,7 @@ def fold_head(
 
     Args:
         hidden: rows after the drafter's final norm.
-        head: rows of the head.
+        head: rows of the head; with a sample they may be wider than `hidden`, and are narrowed as they are taken.
         ids: labels, in range of `head`.
         probabilities: of the labels; 0 for one that is in another part.
         sample: the rows of the head that sums are taken over, weighed, and the argmax is looked for in; None: all.
@@ -250,7 +250,7 @@ def fold_head(
 
     best = (jnp.full(rows, -jnp.inf, jnp.float32), jnp.zeros(rows, jnp.int32))
     start = (best, jnp.zeros(rows, jnp.float32), jnp.zeros(hidden.shape, jnp.float32))
-    columns = (head, None) if sample is None else (head[sample.tokens], sample.weights)
+    columns = (head, None) if sample is None else (head[sample.tokens].astype(hidden.dtype), sample.weights)
     (top, token), total, expected = _fold_chunks(step, start, columns)
     token = token if sample is None else sample.tokens[token]
     label_logit, label_row = _expected_labels(hidden, head, ids, probabilities)

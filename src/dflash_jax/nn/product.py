@@ -15,12 +15,18 @@ def product(terms: str, *operands: Float[Array, "..."], out: Any = None) -> Floa
     and neither decoding is lossless then nor do features agree over positions to 1e-5. Who wants speed gives bfloat16
     operands, on which this has no effect.
 
+    A CPU multiplies 16-bit operands several times as fast where the sums stay float32 (AMX and AVX-512 tiles): there
+    they are rounded afterwards, which is what a 16-bit result is in any case.
+
     Args:
         terms: subscripts of the operands and of the result.
         operands: all of one dtype.
         out: dtype of sums and result; None: the operands'.
     """
-    return jnp.einsum(terms, *operands, precision=lax.Precision.HIGHEST, preferred_element_type=out)
+    dtype = operands[0].dtype
+    sums = jnp.float32 if out is None and dtype.itemsize < 4 and jax.default_backend() == "cpu" else out
+    made = jnp.einsum(terms, *operands, precision=lax.Precision.HIGHEST, preferred_element_type=sums)
+    return made.astype(dtype) if out is None else made
 
 
 FEW_ROWS = 64

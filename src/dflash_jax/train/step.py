@@ -59,7 +59,13 @@ class StepResult(eqx.Module):
 def frozen_ends(
     embed_tokens: Float[Array, "vocab hidden"], head: Float[Array, "vocab hidden"], config: TrainConfig
 ) -> tuple[Float[Array, "vocab hidden"], Float[Array, "vocab hidden"]]:
-    """Return the target's embedding and head in the step's dtype: one array where they are tied."""
+    """Return the target's embedding and head as a step reads them: in its dtype, one array where they are tied.
+
+    Of a 16-bit table XLA for CPUs widens all of it, in every step, to take a few rows. There a table that only rows are
+    taken of, the embedding and a head whose vocabulary is sampled, stays as it is, and its rows are narrowed.
+    """
+    if jax.default_backend() == "cpu":
+        return embed_tokens, head if config.objective.sampled_vocab else head.astype(config.dtype)
     narrow = head.astype(config.dtype)
     return (narrow if embed_tokens is head else embed_tokens.astype(config.dtype)), narrow
 
