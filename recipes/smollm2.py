@@ -17,6 +17,7 @@ Why these settings: docs/design/015-smollm2-recipe.md; what came out: docs/log.m
 
 import functools
 import json
+import math
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -28,6 +29,8 @@ import tyro
 
 from dflash_jax.core import InputError, atomic_file, read_json, read_jsonl, write_json
 from dflash_jax.text import Prompt, load_prompts, load_tokenizer
+from made_up import SET as SELF
+from made_up import first_of, made_up, openings
 from stages import StageError, Stages
 
 prompts_in = functools.cache(load_prompts)  # the built-in sets take seconds to make
@@ -39,6 +42,8 @@ RESPONSE_TOKENS_PER_S = 115  # of text, in a batch of 64 that is refilled
 CACHE_TOKENS_PER_S = 350
 GFLOP_PER_S = 125
 PROMPT_TOKENS, HELD_OUT_PROMPT_TOKENS = 117, 191  # with the chat template
+OPENING_TOKENS, OPENING_SHARE = 46, 0.85  # of a turn that is begun, and of the most tokens sampled for it
+OPENINGS_KEPT = 0.61  # 1,877 of 3,072 became prompts
 COPIED_TOKENS = 149  # of a copied text: 93 of its prompt, 56 of the copy
 RESPONSE_SHARE = 0.8  # of the most tokens that a response may have: 0.82 of 128, 0.79 of 192
 HEAD_GFLOP, LAYER_GFLOP = 0.80, 0.21  # an anchor of 8 slots, forward and backward, over the whole vocabulary
@@ -50,6 +55,8 @@ EVALUATION_ANCHORS_PER_S = 200
 START_S = 15  # a command: imports, compiling
 EVALUATIONS = 4  # of a run, to choose its best
 
+
+OPENINGS_PER_ROUND, MOST_ROUNDS = 0.6, 6  # in prompts that are needed
 
 COPY_WORDINGS = (
     "Repeat the following text exactly:\n",
@@ -76,13 +83,20 @@ class Recipe:
     in_process: bool = False
     """Run the stages in this process: imports and compiling are paid once. Their output goes to OUT/logs."""
 
-    mix: str = "problems=800,stdlib/complete=800"
-    """Training prompts: SET[/FORM][@CHARACTERS]=COUNT, the first so many of each that have so many characters."""
+    mix: str = "problems=800,self=1000"
+    """Training prompts: SET[/FORM][@CHARACTERS]=COUNT, the first so many of each that have so many characters; of self,
+    prompts that the target makes up."""
     copied: str = "stdlib/complete=600,stdlib/implement=400"
     """Texts to be copied, of prompts that --mix leaves: asked to repeat one, the response is that text. The target
     reads it and generates nothing. "": none."""
-    choosing: str = "problems=16,stdlib/complete=16"
-    """Prompts that RUN/best is chosen by, the last so many of each."""
+    choosing: str = "self=32"
+    """Prompts that RUN/best is chosen by, the last so many of each; of self, further ones."""
+    opening_tokens: int = 112
+    """Most tokens sampled for a prompt that the target makes up."""
+    opening_temperature: float = 0.9
+    """They are sampled at."""
+    opening_top_k: int = 32
+    """They are sampled among so many likeliest tokens."""
     max_new_tokens: int = 160
     """Most tokens of a response."""
     response_batch: int = 64
@@ -147,7 +161,8 @@ VARIED = tuple(field.name for field in fields(Recipe))[6:]
 
 LEFT_OUT: dict[str, Callable[[Recipe], dict[str, Any]]] = {
     "warm-start": lambda _: {"init": "random"},
-    "data-mix": lambda recipe: {"mix": ",".join(part for part in recipe.mix.split(",") if part.startswith("stdlib"))},
+    "problems": lambda recipe: {"mix": _without(recipe.mix, "problems")},
+    "self-prompts": lambda recipe: {"mix": recipe.mix.replace(f"{SELF}=", "stdlib/complete=")},
     "data-size": lambda recipe: {"mix": ",".join(f"{source}={count // 4}" for source, count in parts_of(recipe.mix))},
     "copied-texts": lambda _: {"copied": ""},
     "loss": lambda _: {"loss": "cross-entropy"},
@@ -166,6 +181,8 @@ LEFT_OUT: dict[str, Callable[[Recipe], dict[str, Any]]] = {
 def budget_s(recipe: Recipe) -> dict[str, float]:
     """Seconds that two idle cores take for a recipe, by stage, from the rates above; nothing is measured."""
     prompts, choosing, copied = map(num_prompts, (recipe.mix, recipe.choosing, recipe.copied))
+    of_self = count_of(recipe.mix, SELF) + count_of(recipe.choosing, SELF)
+    begun = math.ceil(1 / OPENINGS_KEPT / OPENINGS_PER_ROUND) * OPENINGS_PER_ROUND * of_self
     new, held_out_new = RESPONSE_SHARE * recipe.max_new_tokens, RESPONSE_SHARE * recipe.held_out_tokens
     captured = len(recipe.capture_layers.split(",")) if recipe.capture_layers else 4
     slots = (recipe.block_size - 1) / 7
@@ -177,6 +194,8 @@ def budget_s(recipe: Recipe) -> dict[str, float]:
     evaluated = EVALUATIONS * choosing * new / EVALUATION_ANCHORS_PER_S
     return {
         "target": START_S,
+        "prompts": bool(of_self) * 3 * START_S
+        + begun * (OPENING_SHARE * recipe.opening_tokens / RESPONSE_TOKENS_PER_S + OPENING_TOKENS / CACHE_TOKENS_PER_S),
         "responses": 3 * START_S
         + ((prompts + choosing) * new + recipe.held_out * held_out_new) / RESPONSE_TOKENS_PER_S
         + ((prompts + choosing) * PROMPT_TOKENS + recipe.held_out * HELD_OUT_PROMPT_TOKENS) / CACHE_TOKENS_PER_S,
@@ -226,8 +245,13 @@ def check_apart(recipe: Recipe) -> None:
     Raises:
         InputError: a prompt is among both.
     """
-    chosen_by = {prompt.id for prompt in prompts_of(recipe.choosing, from_the_end=True)}
-    for name, prompts in (("--mix", prompts_of(recipe.mix)), ("--copied", copied_prompts(recipe.mix, recipe.copied))):
+    for mix in (recipe.mix, recipe.choosing):
+        parts_of(mix)
+    # the target's own are apart as they are made: the first are trained on, the last chosen by
+    mix, choosing = _without(recipe.mix, SELF), _without(recipe.choosing, SELF)
+    chosen_by = {prompt.id for prompt in prompts_of(choosing, from_the_end=True)} if choosing else set()
+    trained_on = prompts_of(mix) if mix else ()
+    for name, prompts in (("--mix", trained_on), ("--copied", copied_prompts(recipe.mix, recipe.copied))):
         both = sum(prompt.id in chosen_by for prompt in prompts)
         if both:
             raise InputError(f"--choosing holds {both} prompts that {name} has too: ask for fewer")
@@ -283,6 +307,20 @@ def _changes(text: str) -> dict[str, Any]:
     return changes
 
 
+def _without(mix: str, name: str) -> str:
+    """A mix but for what a set gives."""
+    return ",".join(part for part in mix.split(",") if _set_of(part) != name)
+
+
+def _set_of(part: str) -> str:
+    return part.partition("=")[0].partition("@")[0].partition("/")[0]
+
+
+def count_of(mix: str, name: str) -> int:
+    """How many prompts of a set a mix asks for."""
+    return sum(count for source, count in parts_of(mix) if _set_of(source) == name) if mix else 0
+
+
 def parts_of(mix: str) -> list[tuple[str, int]]:
     """The sources of a mix of prompts and how many of each.
 
@@ -307,8 +345,13 @@ def num_prompts(mix: str) -> int:
     return sum(count for _, count in parts_of(mix)) if mix else 0
 
 
-def prompts_of(mix: str, *, from_the_end: bool = False) -> Iterator[Prompt]:
+def prompts_of(mix: str, *, of_self: Sequence[Prompt] = (), from_the_end: bool = False) -> Iterator[Prompt]:
     """The prompts of a mix, source by source; what an earlier source took, a later one leaves.
+
+    Args:
+        mix: sources and counts.
+        of_self: the prompts that the target made up for it.
+        from_the_end: the last of each source, not the first.
 
     Raises:
         InputError: HumanEval's prompts; a source with too few prompts.
@@ -323,7 +366,7 @@ def prompts_of(mix: str, *, from_the_end: bool = False) -> Iterator[Prompt]:
             raise InputError(f"{source!r} in a mix of prompts: {least!r} is no number of characters")
         found = [
             prompt
-            for prompt in prompts_in(name)
+            for prompt in (of_self if name == SELF else prompts_in(name))
             if (not form or prompt.id.endswith(f"/{form}"))
             and characters_of(prompt) >= int(least or 0)
             and prompt.id not in taken
@@ -337,7 +380,39 @@ def prompts_of(mix: str, *, from_the_end: bool = False) -> Iterator[Prompt]:
 
 def copied_prompts(mix: str, copied: str) -> list[Prompt]:
     """The prompts whose texts are copied: none of the mix's."""
-    return list(prompts_of(f"{mix},{copied}"))[num_prompts(mix) :] if copied else []
+    if not copied:
+        return []
+    left = _without(mix, SELF)
+    return list(prompts_of(f"{left},{copied}" if left else copied))[num_prompts(left) :]
+
+
+def self_prompts(base: Recipe, stages: Stages, target: Path) -> list[Prompt]:
+    """The prompts that the target makes up for the recipe's mix, and after them those that drafters are chosen by.
+
+    They are sampled in rounds, until there are enough.
+
+    Raises:
+        InputError: the target makes up too few.
+    """
+    count = count_of(base.mix, SELF) + count_of(base.choosing, SELF)
+    if not count:
+        return []
+    size, found = max(1, round(OPENINGS_PER_ROUND * count)), []
+    for number in range(MOST_ROUNDS):
+        begun = base.out / f"openings-{number}.jsonl"
+        if not begun.exists():
+            write_lines(begun, openings(target, first=number * size, count=size))
+        out = base.out / f"sampled-{number}.jsonl"
+        stages.run(
+            f"sampled-{number}", "responses", "--target", target, "--prompts", begun, "--out", out,
+            "--max-new-tokens", base.opening_tokens, "--batch-size", base.response_batch,
+            "--temperature", base.opening_temperature, "--top-k", base.opening_top_k, made=out,
+        )  # fmt: skip
+        found += read_jsonl(out, what="the sampled texts")
+        prompts = made_up(found, target)
+        if len(prompts) >= count:
+            return prompts[:count]
+    return first_of(made_up(found, target), count)
 
 
 def copied_rows(prompts: Sequence[Prompt], target: Path, *, max_new_tokens: int) -> list[dict[str, Any]]:
@@ -377,12 +452,12 @@ def write_lines(path: Path, rows: Sequence[dict[str, Any]]) -> None:
         temporary.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
 
 
-def prompt_file(path: Path, mix: str, *, from_the_end: bool = False) -> Path:
+def prompt_file(path: Path, mix: str, *, of_self: Sequence[Prompt], from_the_end: bool = False) -> Path:
     """Write a mix of prompts unless it is there."""
     if not path.exists():
         rows = [
             {"id": prompt.id, "messages": prompt.messages, "set": prompt.set}
-            for prompt in prompts_of(mix, from_the_end=from_the_end)
+            for prompt in prompts_of(mix, of_self=of_self, from_the_end=from_the_end)
         ]
         write_lines(path, rows)
     return path
@@ -415,9 +490,11 @@ def responses(recipe: Recipe, stages: Stages, target: Path, prompts: str | Path,
     return out
 
 
-def training_responses(base: Recipe, recipe: Recipe, stages: Stages, target: Path) -> tuple[str, Path]:
+def training_responses(
+    base: Recipe, recipe: Recipe, stages: Stages, target: Path, of_self: Sequence[Prompt]
+) -> tuple[str, Path]:
     """A name and the texts of a run: what the target answers, and what it is shown copying."""
-    name, out = generated_responses(base, recipe, stages, target)
+    name, out = generated_responses(base, recipe, stages, target, of_self)
     if not recipe.copied:
         return name, out
     name = f"{name}-copied-{_tag(recipe.copied)}"
@@ -435,13 +512,15 @@ def record_of(path: Path) -> Path:
     return path.with_name(path.name + ".record.json")
 
 
-def generated_responses(base: Recipe, recipe: Recipe, stages: Stages, target: Path) -> tuple[str, Path]:
+def generated_responses(
+    base: Recipe, recipe: Recipe, stages: Stages, target: Path, of_self: Sequence[Prompt]
+) -> tuple[str, Path]:
     """A name and responses to a run's prompts: a part of the recipe's own where they are among them."""
     name = f"train-{_tag(recipe.mix)}-{recipe.max_new_tokens}"
-    prompts = prompt_file(recipe.out / f"prompts-{_tag(recipe.mix)}.jsonl", recipe.mix)
+    prompts = prompt_file(recipe.out / f"prompts-{_tag(recipe.mix)}.jsonl", recipe.mix, of_self=of_self)
     if recipe.mix == base.mix or recipe.max_new_tokens != base.max_new_tokens:
         return name, responses(recipe, stages, target, prompts, name)
-    _, whole = generated_responses(base, base, stages, target)
+    _, whole = generated_responses(base, base, stages, target, of_self)
     ids = {row["id"] for row in read_jsonl(prompts, what="the prompts")}
     rows = [row for row in read_jsonl(whole, what="the responses") if row["id"] in ids]
     if len(rows) < len(ids):
@@ -498,8 +577,9 @@ def train(recipe: Recipe, stages: Stages, target: Path, name: str, *, on: Path, 
 def measure(base: Recipe, recipe: Recipe, name: str, stages: Stages) -> dict[str, Any]:
     """One run from its prompts to its numbers on held-out prompts."""
     target = import_target(recipe, stages)
-    source, trained_on = training_responses(base, recipe, stages, target)
-    choosing = prompt_file(base.out / "prompts-choosing.jsonl", base.choosing, from_the_end=True)
+    of_self = self_prompts(base, stages, target)
+    source, trained_on = training_responses(base, recipe, stages, target, of_self[: count_of(base.mix, SELF)])
+    choosing = prompt_file(base.out / "prompts-choosing.jsonl", base.choosing, of_self=of_self, from_the_end=True)
     on = cache(recipe, stages, target, trained_on, source, top_k=recipe.top_k)
     chosen_by = cache(recipe, stages, target, responses(base, stages, target, choosing, "choosing"), "choosing")
     held_out = cache(recipe, stages, target, responses(base, stages, target, HELD_OUT, "held-out"), "held-out")

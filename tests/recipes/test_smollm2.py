@@ -177,7 +177,8 @@ def test_variants():
         assert set(changes) == {"sequences_per_step", "steps"} if name == "small-steps" else len(changes) == 1
     large = replace(recipe, **found["without small-steps"])
     assert large.steps * large.sequences_per_step == recipe.steps * recipe.sequences_per_step
-    assert found["without data-mix"] == {"mix": "stdlib/complete=800"}
+    assert found["without problems"] == {"mix": "self=1000"}
+    assert found["without self-prompts"] == {"mix": "problems=800,stdlib/complete=1000"}
     for bad, line in (
         ({"without": ("salt",)}, "--without is 'salt': choose all or warm-start"),
         ({"vary": ("out=x",)}, "--vary is 'out=x': begin with one of mix"),

@@ -47,7 +47,7 @@ class Tokenizer:
         if prompt.prompt is not None:
             ids = self.backend.encode(prompt.prompt, add_special_tokens=True).ids
         else:
-            ids = self.encode(self._render(prompt))
+            ids = self.encode(self.render(prompt))
         if not ids:
             raise InputError(f"prompt {prompt.id!r} has no tokens: remove it or give it some text")
         return ids
@@ -114,8 +114,12 @@ class Tokenizer:
         template = None if self.chat_template is None else hashlib.sha256(self.chat_template.encode()).hexdigest()
         return {"tokenizer_sha256": sha256_file(self.target / "tokenizer.json"), "chat_template_sha256": template}
 
-    def _render(self, prompt: Prompt) -> str:
-        """A conversation as the chat template writes it, up to the assistant's turn."""
+    def render(self, prompt: Prompt) -> str:
+        """Return a conversation as the chat template writes it, up to where the assistant is to speak.
+
+        Raises:
+            InputError: there is no chat template, or it refuses the messages.
+        """
         if self.chat_template is None:
             raise InputError(
                 f"{self.target} has no chat template, which the messages of prompt {prompt.id!r} need: "

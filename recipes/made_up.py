@@ -1,0 +1,104 @@
+"""Prompts that a target makes up itself: it goes on with a user's turn that has been begun, sampled, and never ends.
+
+Prompts of one's own are few and alike; those a target thinks of are of what it knows, as many as one asks for.
+
+**Source:** Magpie (arXiv 2406.08464) gets instructions from a model that is given nothing but the beginning of the
+user's turn. Here the turn is begun with a question's wording and the first word of its code, so that questions are of
+the kind the drafter is for, and what is a question is read off the text.
+"""
+
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from dflash_jax.core import InputError
+from dflash_jax.text import Prompt, Tokenizer, load_prompts, load_tokenizer
+from dflash_jax.text.humaneval import SOLVE_WORDING, humaneval_problems
+
+SET = "self"
+CODE = ("def", "from typing import List\n\n\ndef", "def")
+"""How the code of a question begins, in turn. A word that ends with a space would cut the next token in two."""
+FEWEST_CHARACTERS, MOST_TOKENS = 24, 224
+"""Of a question's code, and of a prompt with its template: as long as most of HumanEval's."""
+HELD_OUT_WORDS = 8
+
+
+def openings(target: Path, *, first: int, count: int) -> list[dict[str, Any]]:
+    """Return rows of a prompt file, each a user's turn that has been begun.
+
+    Args:
+        target: whose chat template is written.
+        first: number of the first row; a row's samples depend on its number alone.
+        count: rows.
+    """
+    tokenizer = load_tokenizer(target)
+    texts = [_begun_turn(tokenizer, SOLVE_WORDING.partition("{prompt}")[0] + code) for code in CODE]
+    return [
+        {"id": f"opening/{number}", "prompt": texts[number % len(CODE)], "set": SET}
+        for number in range(first, first + count)
+    ]
+
+
+def _begun_turn(tokenizer: Tokenizer, content: str) -> str:
+    """The chat template up to the end of a user's unfinished message."""
+    prompt = Prompt(id="opening", messages=({"role": "user", "content": content},), set=SET)
+    text = tokenizer.render(prompt)
+    return text[: text.rindex(content) + len(content)]
+
+
+def made_up(sampled: Sequence[dict[str, Any]], target: Path) -> list[Prompt]:
+    """Return the questions among sampled texts, in their order, no two of the same function and length.
+
+    A question's code is closed in the text and defines a function; it is none of HumanEval's: neither the function's
+    name nor `HELD_OUT_WORDS` words in a row are there.
+
+    Args:
+        sampled: rows of a responses file, made of `openings`.
+        target: whose tokens a prompt's length is counted in.
+    """
+    tokenizer, held_out_names = load_tokenizer(target), {problem["entry_point"] for problem in humaneval_problems()}
+    held_out_words = {words for prompt in load_prompts("humaneval") for words in _in_a_row(_content(prompt))}
+    found, seen = [], set()
+    for row in sampled:
+        begin = CODE[int(row["id"].rpartition("/")[2]) % len(CODE)]
+        code, fence, _ = f"{begin}{row['text']}".partition("\n```")
+        names = re.findall(r"def ([A-Za-z_]\w*)\(", code)
+        if not fence or not names or len(code) < FEWEST_CHARACTERS:
+            continue
+        if not held_out_names.isdisjoint(names) or not held_out_words.isdisjoint(_in_a_row(code)):
+            continue
+        if (names[0], len(code)) in seen:
+            continue
+        prompt = Prompt(
+            id=f"{SET}/{row['id'].rpartition('/')[2]}",
+            messages=({"role": "user", "content": SOLVE_WORDING.format(prompt=code)},),
+            set=SET,
+        )
+        if len(tokenizer.encode_prompt(prompt)) <= MOST_TOKENS:
+            seen.add((names[0], len(code)))
+            found.append(prompt)
+    return found
+
+
+def _content(prompt: Prompt) -> str:
+    """The code that a HumanEval prompt asks about."""
+    assert prompt.messages is not None
+    return prompt.messages[0]["content"].partition("```python\n")[2]
+
+
+def _in_a_row(text: str) -> Iterator[tuple[str, ...]]:
+    words = text.split()
+    return (tuple(words[start : start + HELD_OUT_WORDS]) for start in range(len(words) - HELD_OUT_WORDS + 1))
+
+
+def first_of(prompts: Iterable[Prompt], count: int) -> list[Prompt]:
+    """Return the first prompts.
+
+    Raises:
+        InputError: there are fewer.
+    """
+    found = list(prompts)
+    if len(found) < count:
+        raise InputError(f"{count} prompts of {SET} are asked for: the target made up {len(found)}")
+    return found[:count]
