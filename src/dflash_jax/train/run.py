@@ -195,6 +195,8 @@ def _open_mesh(config: TrainConfig) -> Mesh | None:
 def _load_target(config: TrainConfig, mesh: Mesh | None) -> targets.Target:
     """The target in the step's dtype, with the layers that are needed: all for live features, else those copied from.
 
+    Where a CPU needs no more of it than those and the two ends it is float32, as `frozen_ends` wants them there.
+
     Raises:
         InputError: see `targets.load_target`; a drafter deeper than the target.
     """
@@ -207,7 +209,9 @@ def _load_target(config: TrainConfig, mesh: Mesh | None) -> targets.Target:
                 f"--num-layers is {wanted}, the target has {depth} to copy from: give at most that, or --init random"
             )
         layers = warm_layers(wanted, num_target_layers=depth) if copies else ()
-    return targets.load_target(config.target, dtype=jnp.dtype(config.dtype), mesh=mesh, layers=layers)
+    is_wide = config.features == "cached" and jax.default_backend() == "cpu"
+    dtype = jnp.dtype(jnp.float32 if is_wide else config.dtype)
+    return targets.load_target(config.target, dtype=dtype, mesh=mesh, layers=layers)
 
 
 def _held_out(config: TrainConfig, source: Source, seen: list[str]) -> HeldOut | None:
