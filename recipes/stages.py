@@ -1,6 +1,7 @@
 """What the recipes share: stages that are commands of the program, each run once and kept by its record."""
 
 import contextlib
+import os
 import shlex
 import subprocess
 import sys
@@ -14,6 +15,14 @@ from dflash_jax.core import InputError, read_json, write_json
 
 CRASHED = -1
 PROGRAM = "import sys; from dflash_jax.cli import main; sys.exit(main())"
+KEEPS_MEMORY = {
+    "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
+    "MALLOC_ARENA_MAX": "1",
+    "MALLOC_MMAP_MAX_": "0",
+    "MALLOC_TRIM_THRESHOLD_": str(8 * 10**9),
+}
+"""What tells glibc to keep what a step frees for the next one, in large pages (docs/training.md, "On a CPU"). Other
+systems do not read these."""
 
 
 class StageError(InputError):
@@ -100,7 +109,8 @@ class Stages:
 
     @staticmethod
     def _apart(words: list[str]) -> int:
-        done = subprocess.run([sys.executable, "-c", PROGRAM, *words], stdout=subprocess.DEVNULL, check=False)
+        command = [sys.executable, "-c", PROGRAM, *words]
+        done = subprocess.run(command, stdout=subprocess.DEVNULL, check=False, env=KEEPS_MEMORY | os.environ)
         return done.returncode
 
     def _here(self, name: str, words: list[str]) -> int:

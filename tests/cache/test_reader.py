@@ -42,6 +42,7 @@ def test_shards_join_without_a_gap(toy):
     assert max(len(sequence.token_ids) for sequence in sequences) == cache.max_length
     assert cache.prompt_hashes().tolist() == [sequence.prompt_hash for sequence in sequences]
     assert cache.prompt_hashes().dtype == np.uint64
+    assert cache.lengths().tolist() == [len(sequence.token_ids) for sequence in sequences]
     for index in (-1, 24):
         with pytest.raises(IndexError, match=f"sequence {index} of a cache of 24"):
             cache.sequence(index)

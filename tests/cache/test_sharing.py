@@ -42,6 +42,9 @@ def test_shared_prompts_are_stored_once_and_read_whole(tmp_path):
         for name in ("prompt_len", "prompt_hash", "prompt_set"):
             assert getattr(sequence, name) == getattr(other[key], name)
     assert all(entry["tokens"] <= 1200 for entry in read_manifest(tmp_path / "cache")["shards"])
+    cache = open_cache(tmp_path / "cache")
+    lengths = [len(cache.sequence(index).token_ids) for index in range(cache.num_sequences)]
+    assert cache.lengths().tolist() == lengths
 
 
 def test_damaged_shard_with_shared_prompts_is_built_again(tmp_path):

@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ import pytest
 from dflash_jax.cache import open_cache
 from dflash_jax.core import InputError, load_tensors
 from dflash_jax.drafter import load_drafter, read_drafter_config, save_drafter, with_draft_vocabulary
-from dflash_jax.train import train
+from dflash_jax.train import grouping, train
 from dflash_jax.train.data import make_batches
 from support import tiny, tiny_chain
 
@@ -138,6 +139,46 @@ def test_batches_go_through_the_cache_in_epochs_and_stop_at_the_context(cache):
     # 24 new tokens, or the context's end
     assert limits[7] == 31
     assert limits[39] == 60
+
+
+def test_batches_of_two_widths_hold_the_same_texts(cache, monkeypatch):
+    monkeypatch.setattr(grouping, "LENGTH_BUCKET", 8)
+    opened = open_cache(cache)
+    batches = make_batches(opened, sequences_per_step=2, max_positions=60, seed=1, widths=2)
+    found = [batches(step) for step in range(4)]
+    assert [batch.token_ids.shape[1] for batch in found].count(64) < 4
+    assert len({batch.token_ids.shape[1] for batch in found}) == 2
+    lengths = sorted(length for batch in found for length in batch.length.tolist())
+    assert lengths == sorted(opened.lengths().tolist())
+    for batch in found:
+        for row, length in enumerate(batch.length.tolist()):
+            ids = np.asarray(batch.token_ids[row])
+            stored = next(s for s in map(opened.sequence, range(8)) if np.array_equal(s.token_ids, ids[:length]))
+            np.testing.assert_array_equal(batch.features[row, :length], stored.features)
+            assert not np.asarray(batch.features[row, length:]).any()
+
+
+@pytest.mark.slow
+def test_a_run_of_two_widths_goes_on_bit_for_bit(tmp_path, target_folder, cache, monkeypatch):
+    monkeypatch.setattr(grouping, "LENGTH_BUCKET", 8)
+    settings = {"length_buckets": 2, "steps": 6, "sequences_per_step": 2, "checkpoint_every": 3}
+    whole, halves = (tiny_chain.train_config(target_folder, cache, tmp_path / name, **settings) for name in "ab")
+    train(whole)
+    with pytest.raises(KeyboardInterrupt):
+        train(halves, progress=interrupt_after(6))  # the state after 3 steps is there
+    train(replace(halves, resume=True))
+    one, other = (load_tensors(config.out / "run-6" / "model.safetensors", what="x") for config in (whole, halves))
+    assert all((one[name] == other[name]).all() for name in one)
+    with pytest.raises(InputError, match="length_buckets"):
+        train(replace(halves, resume=True, length_buckets=None))
+
+
+def interrupt_after(step):
+    def progress(done, *_):
+        if done >= step:
+            raise KeyboardInterrupt
+
+    return progress
 
 
 def test_existing_folder_is_refused(run, target_folder, cache):

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float, Int32, Shaped, UInt8, UInt64
+from jaxtyping import Float, Int32, Int64, Shaped, UInt8, UInt64
 
 from dflash_jax.cache.features import load_features_on_host
 from dflash_jax.cache.manifest import read_manifest
@@ -170,6 +170,13 @@ class Cache:
         """Return the prompt hash of every sequence, in order. Touches, and so verifies, every shard."""
         shards = [self._start(index) for index in range(len(self.manifest["shards"]))]
         return np.concatenate([shard.result()["prompt_hash"] for shard in shards])
+
+    def lengths(self) -> Int64[np.ndarray, " sequences"]:
+        """Return the tokens of every sequence, in order. Touches, and so verifies, every shard."""
+        shards = [self._start(index) for index in range(len(self.manifest["shards"]))]
+        own = [np.diff(shard.result()["seq_starts"].astype(np.int64)) for shard in shards]
+        shared = [shard.result().get("prefix_len", np.int64(0)) for shard in shards]
+        return np.concatenate([one + other for one, other in zip(own, shared, strict=True)]).astype(np.int64)
 
 
 def open_cache(path: Path) -> Cache:

@@ -55,6 +55,9 @@ class TrainConfig:
     """Sequences per optimizer step."""
     anchors_per_sequence: int = 64
     """Anchors drawn from each sequence, anew every step."""
+    length_buckets: int | None = None
+    """Pad batches to so many widths, not all to the longest sequence: sequences of similar length share a step, and
+    every width is compiled once. Worth it where lengths differ and steps are many. Default: one width."""
     optimizer: Optimizer = "adamw"
     """"adamw", or "muon": matrices by Muon with updates of AdamW's size, norms and biases by AdamW."""
     schedule: Schedule = "cosine"
@@ -135,6 +138,7 @@ class TrainConfig:
             "num_layers",
             "sequences_per_step",
             "anchors_per_sequence",
+            "length_buckets",
             "checkpoint_every",
             "keep",
             "eval_every",

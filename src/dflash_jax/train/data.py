@@ -9,12 +9,11 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 from jax.sharding import Mesh
 
-from dflash_jax.cache import Cache, HostBatch, load_features, sequence_source, stack_on_host
+from dflash_jax.cache import Cache, HostBatch, epoch_order, load_features, sequence_source, stack_on_host
 from dflash_jax.core import sha256_json
 from dflash_jax.drafter import StoredSequence
+from dflash_jax.train.grouping import make_groups
 from dflash_jax.train.sharding import local_rows, put_rows
-
-LENGTH_BUCKET = 64
 
 
 @runtime_checkable
@@ -41,9 +40,9 @@ class Source(Protocol):
         ...
 
     def batches(
-        self, *, sequences_per_step: int, max_positions: int, seed: int, mesh: Mesh | None
+        self, *, sequences_per_step: int, max_positions: int, seed: int, mesh: Mesh | None, widths: int = 1
     ) -> Callable[[int], Any]:
-        """Return the function that gives a step's batch on the devices."""
+        """Return the function that gives a step's batch on the devices; of `widths`, see `make_groups`."""
         ...
 
 
@@ -74,33 +73,47 @@ class CachedSource:
         return self._cache.prompt_hashes().tolist()
 
     def batches(
-        self, *, sequences_per_step: int, max_positions: int, seed: int, mesh: Mesh | None
+        self, *, sequences_per_step: int, max_positions: int, seed: int, mesh: Mesh | None, widths: int = 1
     ) -> Callable[[int], StoredSequence]:
         """Return the function that gives a step's batch; see `make_batches`."""
         return make_batches(
-            self._cache, sequences_per_step=sequences_per_step, max_positions=max_positions, seed=seed, mesh=mesh
+            self._cache,
+            sequences_per_step=sequences_per_step,
+            max_positions=max_positions,
+            seed=seed,
+            mesh=mesh,
+            widths=widths,
         )
 
 
-def bucket(length: int) -> int:
-    """Return the width of batches whose longest sequence has `length` tokens."""
-    return -(-length // LENGTH_BUCKET) * LENGTH_BUCKET
-
-
 def make_batches(
-    cache: Cache, *, sequences_per_step: int, max_positions: int, seed: int, mesh: Mesh | None = None
+    cache: Cache,
+    *,
+    sequences_per_step: int,
+    max_positions: int,
+    seed: int,
+    mesh: Mesh | None = None,
+    widths: int = 1,
 ) -> Callable[[int], StoredSequence]:
     """Return the function that gives a step's batch: shuffled epochs without end, by random access.
 
-    Every batch has one width, the cache's longest sequence rounded up, so that one step is compiled. Blocks are
-    shortened at the target's `max_positions` too, as decoding does. Of several processes each reads its own rows.
+    Batches have few widths, one unless more are asked for, so that few steps are compiled: see `make_groups`. Blocks
+    are shortened at the target's `max_positions` too, as decoding does. Of several processes each reads its own rows.
     """
     source = sequence_source(cache, seed=seed, shuffle=True)
-    width, rows = bucket(cache.max_length), local_rows(mesh, sequences_per_step)
+    rows, count = local_rows(mesh, sequences_per_step), cache.num_sequences
+    groups = make_groups(
+        cache.lengths(),
+        lambda element: int(epoch_order(count, seed, element // count)[element % count]),
+        per_epoch=count,
+        sequences_per_step=sequences_per_step,
+        widths=widths,
+        seed=seed,
+    )
 
     def batch(step: int) -> StoredSequence:
-        first = step * sequences_per_step
-        stored = [row for index in rows if (row := source[first + index]) is not None]
+        elements, width = groups(step)
+        stored = [row for index in rows if (row := source[elements[index]]) is not None]
         host = stack_on_host(stored, width=width, max_new_tokens=cache.manifest["max_new_tokens"])
         values = {field.name: getattr(host, field.name) for field in fields(HostBatch)}
         values["limit"] = np.minimum(host.limit, np.int32(max_positions))

@@ -16,7 +16,7 @@ from dflash_jax.cache import Responses, epoch_order, read_responses
 from dflash_jax.core import InputError
 from dflash_jax.drafter import StoredSequence
 from dflash_jax.train.config import TrainConfig
-from dflash_jax.train.data import bucket
+from dflash_jax.train.grouping import bucket, make_groups
 from dflash_jax.train.offsets import Offsets
 from dflash_jax.train.sharding import local_rows, put_rows
 from dflash_jax.train.step import frozen_ends
@@ -120,15 +120,23 @@ class LiveSource:
         return row, fixed[offset] if fixed else draw_offset(self._offsets.largest, seed=seed, element=index)
 
     def batches(
-        self, *, sequences_per_step: int, max_positions: int, seed: int, mesh: Mesh | None
+        self, *, sequences_per_step: int, max_positions: int, seed: int, mesh: Mesh | None, widths: int = 1
     ) -> Callable[[int], Texts]:
-        """Return the function that gives a step's texts, all of one width; each process reads its own rows."""
+        """Return the function that gives a step's texts; each process reads its own rows. See `make_groups`."""
         responses, rows = self._responses, local_rows(mesh, sequences_per_step)
-        width = bucket(int(responses.lengths.max()))
+        groups = make_groups(
+            responses.lengths.astype(np.int64),
+            lambda element: self._element(element, seed)[0],
+            per_epoch=responses.num_rows * max(len(self._offsets.fixed), 1),
+            sequences_per_step=sequences_per_step,
+            widths=widths,
+            seed=seed,
+        )
         budget = responses.max_new_tokens
 
         def batch(step: int) -> Texts:
-            chosen = [self._element(step * sequences_per_step + index, seed) for index in rows]
+            elements, width = groups(step)
+            chosen = [self._element(elements[index], seed) for index in rows]
             token_ids = np.zeros((len(chosen), width), np.int32)
             for place, (row, _) in enumerate(chosen):
                 ids = responses.tokens(row)

@@ -14,7 +14,7 @@ from dflash_jax.cache import DEFAULT_CAPTURE_COUNT, open_cache, read_responses
 from dflash_jax.core import Device, InputError, MeshShape, parse_device, parse_mesh, split_axes
 from dflash_jax.drafter import DrafterConfig, read_drafter_config
 from dflash_jax.train.config import TrainConfig
-from dflash_jax.train.data import bucket
+from dflash_jax.train.grouping import bucket
 from dflash_jax.train.init import drafter_config
 from dflash_jax.train.memory import num_parameters, step_bytes
 from dflash_jax.train.sharding import check_batch

@@ -246,6 +246,7 @@ def _make_step(
         max_positions=target.config.max_positions,
         seed=config.seed,
         mesh=mesh,
+        widths=config.length_buckets or 1,
     )
     if config.features == "live":
         live = make_live_step(step_function, config, capture_layers=source.capture_layers)
