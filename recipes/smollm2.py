@@ -48,7 +48,10 @@ COPIED_TOKENS = 149  # of a copied text: 93 of its prompt, 56 of the copy
 RESPONSE_SHARE = 0.8  # of the most tokens that a response may have: 0.82 of 128, 0.79 of 192
 HEAD_GFLOP, LAYER_GFLOP = 0.80, 0.21  # an anchor of 8 slots, forward and backward, over the whole vocabulary
 VOCAB = 49152
-CONTEXT_GFLOP, REACH_GFLOP = 4.6, 0.07  # a sequence's 250 rows of context, and an anchor's attention over them
+CONTEXT_GFLOP, REACH_GFLOP = (
+    5.3,
+    0.08,
+)  # a sequence's 290 rows of context, padding too, and an anchor's attention over them
 ADAMW_S = 0.06  # a step
 MUON_GFLOP_PER_LAYER, MUON_GFLOP_PER_CAPTURED = 65, 5  # a step; as slow as if, its products are small
 EVALUATION_ANCHORS_PER_S = 200
@@ -122,7 +125,7 @@ class Recipe:
     """See `train --sampled-vocab`; 0: all tokens."""
     optimizer: str = "adamw"
     """See `train --optimizer`."""
-    learning_rate: float = 1e-3
+    learning_rate: float = 1.25e-3
     """At its peak."""
     schedule: str = "cosine"
     """See `train --schedule`."""
@@ -132,14 +135,16 @@ class Recipe:
     """See `train --adam-b2`."""
     weight_decay: float = 0.0
     """See `train --weight-decay`."""
-    steps: int = 4480
+    steps: int = 8000
     """Optimizer steps."""
     sequences_per_step: int = 4
     """Sequences in a step."""
     anchors_per_sequence: int = 16
     """Anchors drawn from each."""
-    dtype: str = "float32"
-    """Of the drafter's activations in training."""
+    length_buckets: int = 3
+    """See `train --length-buckets`."""
+    dtype: str = "bfloat16"
+    """Of the drafter's activations in training; see docs/training.md, "On a CPU"."""
     seed: int = 0
     """Of weights, order and anchors."""
 
@@ -553,6 +558,7 @@ def train(recipe: Recipe, stages: Stages, target: Path, name: str, *, on: Path, 
         "num_layers": recipe.num_layers,
         "sequences_per_step": recipe.sequences_per_step,
         "anchors_per_sequence": recipe.anchors_per_sequence,
+        "length_buckets": recipe.length_buckets,
         "init": recipe.init,
         "loss": recipe.loss,
         **({} if recipe.loss == "d-pace" else {"decay_gamma": recipe.decay_gamma}),
