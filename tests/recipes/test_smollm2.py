@@ -77,26 +77,32 @@ def test_budget_by_hand():
     recipe = small(
         Path("out"),
         Path("t"),
+        mix="problems/plain=4,self=3",
+        choosing="problems=2,self=1",
         block_size=8,
         sampled_vocab=0,
         optimizer="adamw",
         max_new_tokens=100,
         held_out_tokens=100,
+        opening_tokens=100,
     )
     found = budget_s(recipe)
+    # 4 prompts that the target makes up take three rounds of 0.6 x 4 openings: 46 tokens to begin with, 85 sampled
+    assert found["prompts"] == pytest.approx(3 * 15 + 7.2 * (85 / 115 + 46 / 430))
+    assert budget_s(replace(recipe, mix="problems=7", choosing="problems=2"))["prompts"] == 0
     # 10 prompts of 117 tokens, 3 held-out ones of 191; responses of 80 tokens on average, of at most 100
-    assert found["responses"] == pytest.approx(3 * 15 + 13 * 80 / 115 + (10 * 117 + 3 * 191) / 350)
+    assert found["responses"] == pytest.approx(3 * 15 + 13 * 80 / 115 + (10 * 117 + 3 * 191) / 430)
     # and 2 copied texts of 149 tokens, which only the cache has to read
-    assert found["caches"] == pytest.approx(3 * 15 + (10 * 197 + 2 * 149 + 3 * 271) / 350)
-    # 4 steps of 2 sequences of 4.6 GFLOP and 5 anchors each of 0.8 + 2 x 0.21 + 0.07, an update of 0.06 s, and 4 times
-    # 2 x 80 anchors evaluated
-    assert found["train"] == pytest.approx(15 + 4 * (2 * (4.6 + 5 * 1.29) / 125 + 0.06) + 4 * 160 / 200)
+    assert found["caches"] == pytest.approx(3 * 15 + (10 * 197 + 2 * 149 + 3 * 271) / 430)
+    # 4 steps of 2 sequences of 5.3 GFLOP and 5 anchors each of 0.8 + 2 x 0.21 + 0.08, an update of 0.06 s, and 4 times
+    # 3 x 80 anchors evaluated
+    assert found["train"] == pytest.approx(15 + 4 * (2 * (5.3 + 5 * 1.3) / 250 + 0.06) + 4 * 240 / 200)
     sampled = budget_s(replace(recipe, sampled_vocab=12288))["train"]
-    assert found["train"] - sampled == pytest.approx(4 * 2 * 5 * 0.6 / 125)
-    # Muon's iterations are as slow as 65 GFLOP a layer and 5 a captured one
+    assert found["train"] - sampled == pytest.approx(4 * 2 * 5 * 0.6 / 250)
+    # Muon's iterations take 0.52 s a layer and 0.04 s a captured one
     muon = budget_s(replace(recipe, optimizer="muon"))["train"]
     captured = len(recipe.capture_layers.split(","))
-    assert muon - found["train"] == pytest.approx(4 * ((65 * 2 + 5 * captured) / 125 - 0.06))
+    assert muon - found["train"] == pytest.approx(4 * (0.52 * 2 + 0.04 * captured - 0.06))
 
 
 @pytest.mark.slow
@@ -177,8 +183,8 @@ def test_variants():
         assert set(changes) == {"sequences_per_step", "steps"} if name == "small-steps" else len(changes) == 1
     large = replace(recipe, **found["without small-steps"])
     assert large.steps * large.sequences_per_step == recipe.steps * recipe.sequences_per_step
-    assert found["without problems"] == {"mix": "self=1000"}
-    assert found["without self-prompts"] == {"mix": "problems=800,stdlib/complete=1000"}
+    assert found["without problems"] == {"mix": "self=800"}
+    assert found["without self-prompts"] == {"mix": "problems=600,stdlib/complete=800"}
     for bad, line in (
         ({"without": ("salt",)}, "--without is 'salt': choose all or warm-start"),
         ({"vary": ("out=x",)}, "--vary is 'out=x': begin with one of mix"),
