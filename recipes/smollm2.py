@@ -42,7 +42,7 @@ RESPONSE_TOKENS_PER_S = 115  # of text, in a batch of 64 that is refilled
 CACHE_TOKENS_PER_S = 430
 GFLOP_PER_S = {"float32": 150, "bfloat16": 250}  # of a training step, on a CPU with AMX; its updates apart
 PROMPT_TOKENS, HELD_OUT_PROMPT_TOKENS = 117, 191  # with the chat template
-OPENING_TOKENS, OPENING_SHARE = 46, 0.85  # of a turn that is begun, and of the most tokens sampled for it
+OPENING_TOKENS, OPENING_SHARE = 46, 0.78  # of a turn that is begun, and of the most tokens sampled for it
 OPENINGS_KEPT = 0.61  # 1,877 of 3,072 became prompts
 COPIED_TOKENS = 149  # of a copied text: 93 of its prompt, 56 of the copy
 RESPONSE_SHARE = 0.8  # of the most tokens that a response may have: 0.82 of 128, 0.79 of 192
@@ -91,7 +91,7 @@ class Recipe:
     reads it and generates nothing. "": none."""
     choosing: str = "self=32"
     """Prompts that RUN/best is chosen by, the last so many of each; of self, further ones."""
-    opening_tokens: int = 112
+    opening_tokens: int = 160
     """Most tokens sampled for a prompt that the target makes up."""
     opening_temperature: float = 0.9
     """They are sampled at."""
@@ -132,7 +132,7 @@ class Recipe:
     """See `train --adam-b2`."""
     weight_decay: float = 0.0
     """See `train --weight-decay`."""
-    steps: int = 7600
+    steps: int = 6880
     """Optimizer steps."""
     sequences_per_step: int = 4
     """Sequences in a step."""

@@ -87,8 +87,8 @@ def test_budget_by_hand():
         opening_tokens=100,
     )
     found = budget_s(recipe)
-    # 4 prompts that the target makes up take three rounds of 0.6 x 4 openings: 46 tokens to begin with, 85 sampled
-    assert found["prompts"] == pytest.approx(3 * 15 + 7.2 * (85 / 115 + 46 / 430))
+    # 4 prompts that the target makes up take three rounds of 0.6 x 4 openings: 46 tokens to begin with, 78 sampled
+    assert found["prompts"] == pytest.approx(3 * 15 + 7.2 * (78 / 115 + 46 / 430))
     assert budget_s(replace(recipe, mix="problems=7", choosing="problems=2"))["prompts"] == 0
     # 10 prompts of 117 tokens, 3 held-out ones of 191; responses of 80 tokens on average, of at most 100
     assert found["responses"] == pytest.approx(3 * 15 + 13 * 80 / 115 + (10 * 117 + 3 * 191) / 430)
