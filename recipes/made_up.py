@@ -8,11 +8,10 @@ the kind the drafter is for, and what is a question is read off the text.
 """
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from dflash_jax.core import InputError
 from dflash_jax.text import Prompt, Tokenizer, load_prompts, load_tokenizer
 from dflash_jax.text.humaneval import SOLVE_WORDING, humaneval_problems
 
@@ -90,15 +89,3 @@ def _content(prompt: Prompt) -> str:
 def _in_a_row(text: str) -> Iterator[tuple[str, ...]]:
     words = text.split()
     return (tuple(words[start : start + HELD_OUT_WORDS]) for start in range(len(words) - HELD_OUT_WORDS + 1))
-
-
-def first_of(prompts: Iterable[Prompt], count: int) -> list[Prompt]:
-    """Return the first prompts.
-
-    Raises:
-        InputError: there are fewer.
-    """
-    found = list(prompts)
-    if len(found) < count:
-        raise InputError(f"{count} prompts of {SET} are asked for: the target made up {len(found)}")
-    return found[:count]

@@ -28,7 +28,7 @@ def choose_widths(longest: Int64[np.ndarray, " batch"], number: int) -> list[int
         longest: tokens of every batch's longest sequence.
         number: most widths.
     """
-    widths, counts = np.unique(-(-np.asarray(longest) // LENGTH_BUCKET) * LENGTH_BUCKET, return_counts=True)
+    widths, counts = np.unique([bucket(int(one)) for one in longest], return_counts=True)
     # best[i]: (tokens, chosen) of the batches up to width i, which is chosen last
     best = [(int(counts[: i + 1].sum() * width), [int(width)]) for i, width in enumerate(widths)]
     for _ in range(number - 1):
