@@ -9,7 +9,7 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 from jax.sharding import Mesh
 
-from dflash_jax.cache import Cache, HostBatch, epoch_order, load_features, sequence_source, stack_on_host
+from dflash_jax.cache import Cache, HostBatch, epoch_order, load_features, stack_on_host
 from dflash_jax.core import sha256_json
 from dflash_jax.drafter import StoredSequence
 from dflash_jax.train.grouping import make_groups
@@ -100,11 +100,14 @@ def make_batches(
     Batches have few widths, one unless more are asked for, so that few steps are compiled: see `make_groups`. Blocks
     are shortened at the target's `max_positions` too, as decoding does. Of several processes each reads its own rows.
     """
-    source = sequence_source(cache, seed=seed, shuffle=True)
     rows, count = local_rows(mesh, sequences_per_step), cache.num_sequences
+
+    def sequence_of(element: int) -> int:
+        return int(epoch_order(count, seed, element // count)[element % count])
+
     groups = make_groups(
         cache.lengths(),
-        lambda element: int(epoch_order(count, seed, element // count)[element % count]),
+        sequence_of,
         per_epoch=count,
         sequences_per_step=sequences_per_step,
         widths=widths,
@@ -113,7 +116,7 @@ def make_batches(
 
     def batch(step: int) -> StoredSequence:
         elements, width = groups(step)
-        stored = [row for index in rows if (row := source[elements[index]]) is not None]
+        stored = [cache.sequence(sequence_of(elements[index])) for index in rows]
         host = stack_on_host(stored, width=width, max_new_tokens=cache.manifest["max_new_tokens"])
         values = {field.name: getattr(host, field.name) for field in fields(HostBatch)}
         values["limit"] = np.minimum(host.limit, np.int32(max_positions))
