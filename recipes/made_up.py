@@ -18,6 +18,8 @@ from dflash_jax.text.humaneval import SOLVE_WORDING, humaneval_problems
 SET = "self"
 CODE = ("def", "from typing import List\n\n\ndef", "def")
 """How the code of a question begins, in turn. A word that ends with a space would cut the next token in two."""
+FENCE = "```"
+"""What ends a question's code; one token of SmolLM2's."""
 FEWEST_CHARACTERS, MOST_TOKENS = 24, 224
 """Of a question's code, and of a prompt with its template: as long as most of HumanEval's."""
 HELD_OUT_WORDS = 8
@@ -61,7 +63,7 @@ def made_up(sampled: Sequence[dict[str, Any]], target: Path) -> list[Prompt]:
     found, seen = [], set()
     for row in sampled:
         begin = CODE[int(row["id"].rpartition("/")[2]) % len(CODE)]
-        code, fence, _ = f"{begin}{row['text']}".partition("\n```")
+        code, fence, _ = f"{begin}{row['text']}".partition(f"\n{FENCE}")
         names = re.findall(r"def ([A-Za-z_]\w*)\(", code)
         if not fence or not names or len(code) < FEWEST_CHARACTERS:
             continue

@@ -29,8 +29,8 @@ import tyro
 
 from dflash_jax.core import InputError, atomic_file, read_json, read_jsonl, write_json
 from dflash_jax.text import Prompt, load_prompts, load_tokenizer
+from made_up import FENCE, made_up, openings
 from made_up import SET as SELF
-from made_up import made_up, openings
 from stages import StageError, Stages
 
 prompts_in = functools.cache(load_prompts)  # the built-in sets take seconds to make
@@ -101,6 +101,8 @@ class Recipe:
     """Most tokens of a response."""
     response_batch: int = 64
     """Prompts decoded side by side."""
+    target_dtype: str = "bfloat16"
+    """Of the target where it makes what is trained on and chosen by; what is held out is float32's."""
 
     capture_layers: str = "1,7,13,19,25,28"
     """Target layers whose outputs the drafter reads; "": the four that `cache build` takes."""
@@ -132,7 +134,7 @@ class Recipe:
     """See `train --adam-b2`."""
     weight_decay: float = 0.0
     """See `train --weight-decay`."""
-    steps: int = 6880
+    steps: int = 8000
     """Optimizer steps."""
     sequences_per_step: int = 4
     """Sequences in a step."""
@@ -408,7 +410,8 @@ def self_prompts(base: Recipe, stages: Stages, target: Path) -> list[Prompt]:
         stages.run(
             f"sampled-{number}", "responses", "--target", target, "--prompts", begun, "--out", out,
             "--max-new-tokens", base.opening_tokens, "--batch-size", base.response_batch,
-            "--temperature", base.opening_temperature, "--top-k", base.opening_top_k, made=out,
+            "--temperature", base.opening_temperature, "--top-k", base.opening_top_k,
+            "--stop-tokens", FENCE, "--dtype", base.target_dtype, made=out,
         )  # fmt: skip
         found += read_jsonl(out, what="the sampled texts")
         prompts = made_up(found, target)
@@ -487,7 +490,7 @@ def responses(recipe: Recipe, stages: Stages, target: Path, prompts: str | Path,
     stages.run(
         f"responses-{name}", "responses", "--target", target, "--prompts", prompts, "--out", out,
         "--max-new-tokens", tokens, "--batch-size", recipe.response_batch,
-        *(("--limit", recipe.held_out) if is_held_out else ()), made=out,
+        *(("--limit", recipe.held_out) if is_held_out else ("--dtype", recipe.target_dtype)), made=out,
     )  # fmt: skip
     return out
 
@@ -534,14 +537,14 @@ def generated_responses(
     return name, out
 
 
-def cache(recipe: Recipe, stages: Stages, target: Path, source: Path, name: str, *, top_k: int = 0) -> Path:
-    """The cache of responses."""
+def cache(recipe: Recipe, stages: Stages, target: Path, source: Path, name: str, *, dtype: str, top_k: int = 0) -> Path:
+    """The cache of responses, by the target in a dtype."""
     name = f"{name}-{_tag(recipe.capture_layers or 'default')}" + (f"-top-{top_k}" if top_k else "")
     out = recipe.out / f"cache-{name}"
     stages.run(
         f"cache-{name}", "cache", "build", "--target", target, "--responses", source, "--out", out,
         *(("--capture-layers", recipe.capture_layers) if recipe.capture_layers else ()), "--top-k", top_k,
-        "--tokens-per-batch", recipe.tokens_per_batch,
+        "--tokens-per-batch", recipe.tokens_per_batch, "--dtype", dtype,
     )  # fmt: skip
     return out
 
@@ -583,9 +586,12 @@ def measure(base: Recipe, recipe: Recipe, name: str, stages: Stages) -> dict[str
     of_self = self_prompts(base, stages, target)
     source, trained_on = training_responses(base, recipe, stages, target, of_self[: count_of(base.mix, SELF)])
     choosing = prompt_file(base.out / "prompts-choosing.jsonl", base.choosing, of_self=of_self, from_the_end=True)
-    on = cache(recipe, stages, target, trained_on, source, top_k=recipe.top_k)
-    chosen_by = cache(recipe, stages, target, responses(base, stages, target, choosing, "choosing"), "choosing")
-    held_out = cache(recipe, stages, target, responses(base, stages, target, HELD_OUT, "held-out"), "held-out")
+    answers = {
+        name: responses(base, stages, target, of, name) for name, of in (("choosing", choosing), ("held-out", HELD_OUT))
+    }
+    on = cache(recipe, stages, target, trained_on, source, dtype=base.target_dtype, top_k=recipe.top_k)
+    chosen_by = cache(recipe, stages, target, answers["choosing"], "choosing", dtype=base.target_dtype)
+    held_out = cache(recipe, stages, target, answers["held-out"], "held-out", dtype="float32")
     trained = train(recipe, stages, target, name, on=on, choosing=chosen_by)
     drafter, full = Path(trained["best"]["drafter"]), base.out / "run-full" / "best"
     is_comparable = name != "full" and recipe.capture_layers == base.capture_layers

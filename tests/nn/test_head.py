@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from dflash_jax.nn import LinearCrossEntropy, greedy_tokens, linear_cross_entropy, linear_soft_cross_entropy, top_tokens
-from dflash_jax.nn.head import COLUMNS_PER_PART, DIRECT_LOGITS, ROWS_PER_BLOCK_ON_CPU, VOCAB_CHUNK, _best_columns
+from dflash_jax.nn.head import COLUMNS_PER_PART, DIRECT_LOGITS, ROWS_PER_BLOCK_ON_CPU, VOCAB_CHUNK, best_columns
 from dflash_jax.nn.product import on_one_cpu
 from support.jaxprs import largest_array
 
@@ -64,7 +64,7 @@ def test_the_best_column_of_parts_is_numpys_argmax():
     logits[2, [5, 6, 300]] = 99
     logits[3, [-1, 200]] = 99
     logits[4, -1] = 99
-    score, index = _best_columns(jnp.asarray(logits))
+    score, index = best_columns(jnp.asarray(logits))
     np.testing.assert_array_equal(index, logits.argmax(axis=1))
     np.testing.assert_array_equal(score, logits.max(axis=1))
 

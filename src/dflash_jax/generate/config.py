@@ -51,6 +51,10 @@ class ResponsesConfig:
     """Sample among the fewest best tokens that have this share of the probability."""
     sample_seed: int = 0
     """Seed of the samples; a prompt's samples depend on it and on the prompt's id."""
+    stop_tokens: tuple[str, ...] = ()
+    """Texts of one token each that end a response, as the target's own stop ids do."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Weights and activations. In bfloat16 a response may leave the float32 one at a near tie."""
     mesh: str = "data=1"
     """Devices to split the target over, such as data=2,model=4 (axes: data, expert, model); default: one device."""
     rope: str = "exact"

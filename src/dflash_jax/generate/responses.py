@@ -3,9 +3,12 @@
 import json
 import os
 import time
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+
+import jax.numpy as jnp
 
 from dflash_jax.core import (
     InputError,
@@ -77,6 +80,23 @@ def _queues(prompts: list[EncodedPrompt], *, batch_size: int) -> list[list[Encod
     return queues
 
 
+def _ids_of(texts: Sequence[str], tokenizer: Tokenizer) -> list[int]:
+    """The ids of texts that are one token each.
+
+    Raises:
+        InputError: a text of another number of tokens.
+    """
+    ids = []
+    for text in texts:
+        tokens = tokenizer.encode(text)
+        if len(tokens) != 1:
+            raise InputError(
+                f"--stop-tokens has {text!r}, which is {len(tokens)} of the target's tokens: give single ones"
+            )
+        ids += tokens
+    return ids
+
+
 def _append(path: Path, rows: list[dict[str, Any]]) -> None:
     """Append whole lines and sync: after a kill, all but the last line can be trusted."""
     with path.open("ab") as file:
@@ -95,7 +115,8 @@ def generate_responses(config: ResponsesConfig, *, progress: Move = no_progress)
         `mesh`, `whole_axes` (what the mesh cannot split, and why), `sampling` (None: greedy).
 
     Raises:
-        InputError: bad target, prompts or mesh; an output that exists; a partial file begun with other settings.
+        InputError: bad target, prompts, stop tokens or mesh; an output that exists; a partial file begun with other
+            settings.
     """
     if config.out.exists():
         raise InputError(f"{config.out} exists already: choose another --out or remove it")
@@ -105,6 +126,7 @@ def generate_responses(config: ResponsesConfig, *, progress: Move = no_progress)
     mesh = open_mesh(target_config, config.mesh)
     tokenizer = load_tokenizer(config.target)
     prompts = encode_prompts(config.prompts, tokenizer, target_config, limit=config.limit, seed=config.seed)
+    stop_ids = (*tokenizer.stop_ids, *_ids_of(config.stop_tokens, tokenizer))
     target_fingerprint = fingerprint(config.target) | tokenizer.fingerprint()
     settings = {
         "target": sha256_json(target_fingerprint),
@@ -113,10 +135,14 @@ def generate_responses(config: ResponsesConfig, *, progress: Move = no_progress)
         "rope": config.rope,
         # None, as in files begun before there was sampling, is greedy
         "sampling": None if config.sampling is None else asdict(config.sampling),
+        # as are float32, and no stop ids but the target's
+        "dtype": None if config.dtype == "float32" else config.dtype,
+        "stop_tokens": list(config.stop_tokens) or None,
     }
     partial = _partial_path(config.out)
     done = _read_partial(partial, settings)
-    target = load_target(config.target, rope=config.rope, mesh=mesh)  # a damaged one leaves no file behind
+    # before the partial file: a damaged target leaves none behind
+    target = load_target(config.target, rope=config.rope, dtype=jnp.dtype(config.dtype), mesh=mesh)
     if not done:
         config.out.parent.mkdir(parents=True, exist_ok=True)
         partial.unlink(missing_ok=True)
@@ -124,7 +150,7 @@ def generate_responses(config: ResponsesConfig, *, progress: Move = no_progress)
     todo = [item for item in prompts if item.prompt.id not in done]
     decoder = Decoder(
         target,
-        stop_ids=tokenizer.stop_ids,
+        stop_ids=stop_ids,
         max_new_tokens=config.max_new_tokens,
         batch_size=min(config.batch_size, max(1, len(todo))),
     )

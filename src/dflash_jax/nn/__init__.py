@@ -26,7 +26,7 @@ from dflash_jax.nn.head_sample import Sample, draw_sample, named_tokens
 from dflash_jax.nn.mlp import Linear, SwiGLU
 from dflash_jax.nn.moe import Experts, MoE, apply_experts
 from dflash_jax.nn.norm import RMSNorm
-from dflash_jax.nn.product import product, rows_product
+from dflash_jax.nn.product import on_one_cpu, product, rows_product
 from dflash_jax.nn.rope import MAX_POSITION, Rope, apply_rope, check_rope_precision, rope_cos_sin
 from dflash_jax.nn.rope_scaling import Llama3Scaling, RopeScaling, YarnScaling, read_rope, scaling_to_json
 from dflash_jax.nn.sampling import filter_scores, noisy_scores, sample_tokens
@@ -66,6 +66,7 @@ __all__ = [
     "linear_soft_cross_entropy",
     "named_tokens",
     "noisy_scores",
+    "on_one_cpu",
     "online_pass",
     "prefill_attention",
     "product",

@@ -70,7 +70,7 @@ def _attend_chunk(
     visible = key_rows[:, None] <= rows[:, :, None]
     if window is not None:
         visible &= key_rows[:, None] > rows[:, :, None] - window
-    grouped = q.reshape(batch, query, kv_heads, group, head_dim).transpose(0, 2, 3, 1, 4)
+    grouped = q.astype(k.dtype).reshape(batch, query, kv_heads, group, head_dim).transpose(0, 2, 3, 1, 4)
     if query == 1:
         # keys first: XLA's CPU product of a few rows with many is several times slower the other way round
         scores = product("bktd,bkgqd->bktgq", k, grouped, out=jnp.float32)

@@ -46,7 +46,7 @@ def _logits(hidden: Float[Array, "row hidden"], weights: Float[Array, "vocab hid
     return rows_product(hidden, weights, out=jnp.float32)
 
 
-def _best_columns(logits: Float[Array, "row chunk"]) -> tuple[Float[Array, " row"], Int32[Array, " row"]]:
+def best_columns(logits: Float[Array, "row chunk"]) -> tuple[Float[Array, " row"], Int32[Array, " row"]]:
     """The largest of each row and its first column."""
     rows, columns = logits.shape
     if jax.default_backend() == "cpu" and columns % COLUMNS_PER_PART == 0:
@@ -64,7 +64,7 @@ def _fold_best(
 ) -> tuple[Float[Array, " row"], Int32[Array, " row"]]:
     """The running maximum and its column; a tie keeps the lower column, as argmax does."""
     score, token = best
-    top, index = _best_columns(logits)
+    top, index = best_columns(logits)
     return jnp.maximum(score, top), jnp.where(top > score, index + start, token)
 
 
@@ -80,10 +80,10 @@ def best_tokens(
     flat = hidden.reshape(-1, hidden.shape[-1])
     rows, block = flat.shape[0], ROWS_PER_BLOCK_ON_CPU
     if rows * head.shape[0] <= DIRECT_LOGITS:
-        score, token = _best_columns(_logits(flat, head))
+        score, token = best_columns(_logits(flat, head))
     elif on_one_cpu() and block * head.shape[0] <= DIRECT_LOGITS:
         blocks = jnp.pad(flat, ((0, -rows % block), (0, 0))).reshape(-1, block, flat.shape[1])
-        score, token = lax.map(lambda some: _best_columns(_logits(some, head)), blocks)
+        score, token = lax.map(lambda some: best_columns(_logits(some, head)), blocks)
         score, token = score.reshape(-1)[:rows], token.reshape(-1)[:rows]
     else:
         start = (jnp.full(flat.shape[:1], -jnp.inf, jnp.float32), jnp.zeros(flat.shape[:1], jnp.int32))

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int32, Key, UInt32
 
+from dflash_jax.nn.head import best_columns
 from dflash_jax.nn.product import rows_product
 
 _FLOAT_BITS = 32
@@ -137,4 +138,4 @@ def sample_tokens(
     """
     logits = rows_product(hidden, head, out=jnp.float32)
     scores = noisy_scores(logits, keys, temperature=temperature, top_k=top_k, top_p=top_p)
-    return jnp.argmax(scores, axis=-1).astype(jnp.int32)
+    return best_columns(scores)[1]

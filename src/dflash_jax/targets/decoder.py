@@ -17,6 +17,7 @@ from dflash_jax.nn import (
     apply_rope,
     causal_attention,
     greedy_tokens,
+    on_one_cpu,
     prefill_attention,
     rope_cos_sin,
     top_tokens,
@@ -172,13 +173,16 @@ class Target(eqx.Module):
 
 
 def empty_kv(target: Target, *, capacity: int, position_offset: Int32[Array, " batch"]) -> KVCache:
-    """Return a cache of length 0. Bytes: `2 * layers * batch * kv_heads * capacity * head_dim * itemsize`."""
-    config = target.config
+    """Return a cache of length 0. Bytes: `2 * layers * batch * kv_heads * capacity * head_dim * itemsize`.
+
+    Its rows are in the target's dtype, and in float32 on one CPU, where XLA writes no 16-bit rows in place.
+    """
+    config, dtype = target.config, jnp.float32 if on_one_cpu() else target.embed_tokens.dtype
     shape = (position_offset.shape[0], config.num_kv_heads, capacity, config.head_dim)
     # two arrays, not one twice: donated buffers must be distinct
     layers = tuple(
         _pin_kv(
-            LayerKV(k=jnp.zeros(shape, target.embed_tokens.dtype), v=jnp.zeros(shape, target.embed_tokens.dtype)),
+            LayerKV(k=jnp.zeros(shape, dtype), v=jnp.zeros(shape, dtype)),
             target.mesh,
         )
         for _ in range(config.num_layers)
