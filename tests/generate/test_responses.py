@@ -1,10 +1,14 @@
 import json
 import shutil
+from collections import Counter
 
+import jax.numpy as jnp
 import pytest
 
 from dflash_jax.core import InputError
+from dflash_jax.decode import Decoder
 from dflash_jax.generate import ResponsesConfig, generate_responses
+from dflash_jax.targets import load_target
 from dflash_jax.text import load_tokenizer
 from support import tiny
 
@@ -162,6 +166,55 @@ def test_sampled_responses_are_recorded_and_hang_on_seed_and_id_alone(whole, tar
     generate_responses(config(target, prompts, tmp_path / "few.jsonl", limit=4, **sampled))
     full = {row["id"]: row for row in rows}
     assert all(row == full[row["id"]] for row in rows_of(tmp_path / "few.jsonl"))
+
+
+def test_a_token_of_ones_own_ends_a_response(whole, target, tmp_path):
+    prompts, wanted, _ = whole
+    greedy = {row["id"]: row for row in rows_of(wanted)}
+    tokenizer = load_tokenizer(target)
+    (most, _), (second, _) = Counter(
+        token for row in greedy.values() for token in set(row["response_ids"]) - {tiny.STOP_ID}
+    ).most_common(2)
+    stops = tuple(tokenizer.decode([token]) for token in (most, second))
+    settings = config(target, prompts, tmp_path / "out.jsonl", stop_tokens=stops)
+    killed_run(settings, after=3)
+    with pytest.raises(InputError, match=r"begun with other settings \(stop_tokens was \['"):
+        generate_responses(config(target, prompts, settings.out))
+    generate_responses(settings)
+    cut = 0
+    for row in rows_of(settings.out):
+        whole_ids = greedy[row["id"]]["response_ids"]
+        ends = [place for place, token in enumerate(whole_ids) if token in (most, second)]
+        assert row["response_ids"] == whole_ids[: ends[0] + 1 if ends else None]
+        assert row["finish"] == ("stop" if ends else greedy[row["id"]]["finish"])
+        cut += bool(ends)
+    assert cut > len(greedy) / 2
+
+
+def test_a_stop_token_is_one_token(target, tmp_path):
+    prompts = str(tiny.write_prompts(tmp_path / "prompts.jsonl", tiny.TEXTS))
+    for text, count in (("ab", 2), ("", 0)):
+        settings = config(target, prompts, tmp_path / "new" / "out.jsonl", stop_tokens=("a", text))
+        with pytest.raises(InputError, match=f"--stop-tokens has '{text}', which is {count} of the target's tokens"):
+            generate_responses(settings)
+    assert not (tmp_path / "new").exists()
+
+
+def test_responses_in_bfloat16(whole, target, tmp_path):
+    prompts, wanted, _ = whole
+    settings = config(target, prompts, tmp_path / "out.jsonl", dtype="bfloat16")
+    killed_run(settings, after=3)
+    with pytest.raises(InputError, match="begun with other settings .dtype was 'bfloat16', now None"):
+        generate_responses(config(target, prompts, settings.out))
+    generate_responses(settings)
+    rows = rows_of(settings.out)
+    half = Decoder(
+        load_target(target, dtype=jnp.bfloat16), stop_ids=[tiny.STOP_ID], max_new_tokens=MAX_NEW, batch_size=3
+    )
+    for row in rows:
+        assert row["response_ids"] == half.decode([row["prompt_ids"]]).rows[0].tokens
+    # the rounding is seen: by so small a model in some text
+    assert [row["response_ids"] for row in rows] != [row["response_ids"] for row in rows_of(wanted)]
 
 
 def test_a_limit_takes_a_seeded_sample(whole, target, tmp_path):

@@ -3,7 +3,7 @@
 import pytest
 
 from dflash_jax.core import read_json, write_json
-from stages import StageError, Stages
+from stages import KEEPS_MEMORY, StageError, Stages
 from support import tiny
 
 
@@ -55,3 +55,17 @@ def test_what_is_there_already_is_not_made_again(tmp_path):
     stages = Stages(tmp_path / "out", in_process=True)
     assert stages.run("target", "target", "import", "--smollm2", "--out", made, made=made) == {"made": str(made)}
     assert stages.seconds == {"target": 0.0}
+
+
+def test_stages_keep_what_they_free_unless_told_otherwise(tmp_path, monkeypatch):
+    told = tmp_path / "told"
+    monkeypatch.setattr(
+        "stages.PROGRAM", f"import json, os; open({str(told)!r}, 'w').write(json.dumps(dict(os.environ)))"
+    )
+    monkeypatch.setenv("MALLOC_ARENA_MAX", "3")
+    for name in set(KEEPS_MEMORY) - {"MALLOC_ARENA_MAX"}:
+        monkeypatch.delenv(name, raising=False)
+    assert Stages._apart(["nothing"]) == 0
+    environment = read_json(told, what="what a stage was told")
+    assert {name: environment[name] for name in KEEPS_MEMORY} == KEEPS_MEMORY | {"MALLOC_ARENA_MAX": "3"}
+    assert environment["GLIBC_TUNABLES"] == "glibc.malloc.hugetlb=1"
