@@ -9,13 +9,12 @@
 PYTHON ?= python3
 DEMO_OUT ?= demo
 ARGS ?=
+# glibc keeps what a step frees for the next one, in large pages: docs/training.md, "On a CPU"; other systems do not read these
+KEEP_MEMORY := GLIBC_TUNABLES=glibc.malloc.hugetlb=1 MALLOC_ARENA_MAX=1 MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=8000000000
 # Whole files go to a worker, so that what a file's tests share is made once. The fast set took 229 s on 2 cores that other
 # jobs used too, which count as 70 to 110 s of quiet ones. Files go out in the order of tests/conftest.py, the longest first;
 # xdist's own order, by the number of tests, would begin them last.
-PYTEST = $(DEV)/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
-
-# glibc keeps what a step frees for the next one, in large pages: docs/training.md, "On a CPU"; other systems do not read these
-KEEP_MEMORY := GLIBC_TUNABLES=glibc.malloc.hugetlb=1 MALLOC_ARENA_MAX=1 MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=8000000000
+PYTEST = $(KEEP_MEMORY) $(DEV)/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 RUN := .venv
 DEV := .venv-dev
