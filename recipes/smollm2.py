@@ -160,7 +160,13 @@ class Recipe:
     """Tokens that drafts are chosen among there, by the labels trained on; 0: all."""
 
 
-VARIED = tuple(field.name for field in fields(Recipe))[6:]
+SETTINGS = tuple(field.name for field in fields(Recipe))[6:]
+SHARED = {
+    "choosing", "opening_tokens", "opening_temperature", "opening_top_k", "response_batch", "target_dtype",
+    "tokens_per_batch", "held_out", "decode_prompts", "held_out_tokens", "decode_block_size", "draft_vocab",
+}  # fmt: skip
+"""Settings that all runs have in common: what they are made from, chosen by and checked on, and what is decoded."""
+VARIED = tuple(name for name in SETTINGS if name not in SHARED)
 """Settings that runs may differ in."""
 
 LEFT_OUT: dict[str, Callable[[Recipe], dict[str, Any]]] = {
@@ -234,7 +240,7 @@ def main(recipe: Recipe) -> int:
                 raise
             results[name]["failed"] = str(error)
             sys.stderr.write(f"[{name}] failed: {error}\n")
-        settings = {key: value for key, value in asdict(recipe).items() if key in VARIED}
+        settings = {key: value for key, value in asdict(recipe).items() if key in SETTINGS}
         write_json(
             recipe.out / "results.json",
             {"settings": settings, "runs": results, "seconds": stages.seconds, "commands": stages.commands},

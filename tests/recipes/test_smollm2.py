@@ -188,6 +188,7 @@ def test_variants():
     for bad, line in (
         ({"without": ("salt",)}, "--without is 'salt': choose all or warm-start"),
         ({"vary": ("out=x",)}, "--vary is 'out=x': begin with one of mix"),
+        ({"vary": ("opening_tokens=9",)}, "--vary is 'opening_tokens=9': begin with one of mix"),
         ({"vary": ("steps=many",)}, "--vary steps=many: invalid literal"),
     ):
         with pytest.raises(InputError, match=line):

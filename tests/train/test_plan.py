@@ -82,6 +82,11 @@ def test_a_mesh_of_another_size_is_refused(gpt_oss, tmp_path):
         plan(gpt_oss, tmp_path, device="v6e-8", mesh="data=8")
 
 
+def test_layers_that_the_drafter_has_not_are_refused_before_it_starts(gpt_oss, tmp_path):
+    with pytest.raises(InputError, match=r"--full-layers is 9: the drafter has layers 0 to 7"):
+        plan(gpt_oss, tmp_path, device="h100", num_layers=8, sliding_window=64, full_layers=(9,))
+
+
 def test_flags_of_a_plan_belong_to_it(tmp_path):
     with pytest.raises(InputError, match=r"--device and --length only tell --plan what to count: give them with it"):
         TrainConfig(target=tmp_path, out=tmp_path, cache=tmp_path, device="h100")

@@ -270,6 +270,8 @@ def _shapes(config: TrainConfig) -> Shapes:
             num_layers=config.num_layers or DEFAULT_NUM_LAYERS,
             block_size=config.block_size or DEFAULT_BLOCK_SIZE,
             mask_token_id=config.mask_token_id or 0,
+            sliding_window=config.sliding_window,
+            full_layers=config.full_layers or (),
         )
     mesh = parse_mesh(config.mesh)
     check_batch(mesh, config.sequences_per_step)
