@@ -4,6 +4,7 @@ Scores and masks exist for a chunk of blocks only. The backward pass makes them 
 its output and each query's logsumexp, as flash attention does (arXiv 2205.14135, section 3.1 and appendix B.2).
 """
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any, Literal, NamedTuple
@@ -13,7 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int32
 
-from dflash_jax.nn.product import on_one_cpu, product
+from dflash_jax.nn.product import has_fast_16_bit_products, on_one_cpu, product
 
 # Scores over the context that one sequence has at once, float32: 8 MiB, which a CPU's caches still soften. An
 # accelerator, where launching a chunk costs as much as computing a small one, has 256 MiB of them.
@@ -82,10 +83,18 @@ def _heads_first(tree: Any) -> Any:
     return jax.tree_util.tree_map(lambda leaf: leaf.swapaxes(0, 1) if leaf.ndim > 1 else leaf, tree)
 
 
+# Products with the context that XLA for CPUs has in 16 bits too. It refuses the others, and these where they are small
+# enough to be no product to it: rows, columns or the terms of a sum.
+_NARROW_ON_CPU = ("kaqd,kcd->kaqc", "kaqc,kcd->kaqd")
+_FEWEST = 32
+
+
 def _product(terms: str, *operands: Float[Array, "..."]) -> Float[Array, "..."]:
     if jax.default_backend() == "cpu":
-        # XLA for CPUs widens 16-bit operands by itself, but not in every form of a product
-        operands = tuple(operand.astype(jnp.float32) for operand in operands)
+        (_, *rows, width), (_, *others) = operands[0].shape, operands[1].shape
+        is_small = min(math.prod(rows), width, *others) < _FEWEST
+        if is_small or terms not in _NARROW_ON_CPU or not has_fast_16_bit_products():
+            operands = tuple(operand.astype(jnp.float32) for operand in operands)
     return product(terms, *operands, out=jnp.float32)
 
 

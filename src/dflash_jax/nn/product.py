@@ -1,5 +1,7 @@
 """Products of the precision that their operands have, on every device."""
 
+import functools
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -61,3 +63,14 @@ def rows_product(
 def on_one_cpu() -> bool:
     """Whether programs run on one CPU device, where no mesh splits an axis and XLA is helped by other forms."""
     return jax.default_backend() == "cpu" and jax.device_count() == 1
+
+
+@functools.cache
+def has_fast_16_bit_products() -> bool:
+    """Whether 16-bit operands are multiplied several times as fast as float32 ones: on a CPU, where it has AMX."""
+    if jax.default_backend() != "cpu":
+        return True
+    try:
+        return " amx_bf16" in Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace")
+    except OSError:  # not Linux
+        return False
