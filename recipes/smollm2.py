@@ -38,11 +38,11 @@ prompts_in = functools.cache(load_prompts)  # the built-in sets take seconds to 
 HELD_OUT = "humaneval"
 
 # What two idle cores do (docs/log.md), and SmolLM2's sizes: the budget is counted from these.
-RESPONSE_TOKENS_PER_S = 115  # of text, in a batch of 64 that is refilled
-CACHE_TOKENS_PER_S = 430
+RESPONSE_TOKENS_PER_S = {"float32": 115, "bfloat16": 200}  # of text, in a batch of 64 that is refilled
+CACHE_TOKENS_PER_S = {"float32": 430, "bfloat16": 700}
 GFLOP_PER_S = {"float32": 150, "bfloat16": 250}  # of a training step, on a CPU with AMX; its updates apart
 PROMPT_TOKENS, HELD_OUT_PROMPT_TOKENS = 117, 191  # with the chat template
-OPENING_TOKENS, OPENING_SHARE = 46, 0.78  # of a turn that is begun, and of the most tokens sampled for it
+OPENING_TOKENS, OPENING_SHARE = 46, 0.62  # of a turn that is begun, and of the most tokens sampled for it
 OPENINGS_KEPT = 0.61  # 1,877 of 3,072 became prompts
 COPIED_TOKENS = 149  # of a copied text: 93 of its prompt, 56 of the copy
 RESPONSE_SHARE = 0.8  # of the most tokens that a response may have: 0.82 of 128, 0.79 of 192
@@ -199,19 +199,21 @@ def budget_s(recipe: Recipe) -> dict[str, float]:
     head = HEAD_GFLOP * slots * (recipe.sampled_vocab or VOCAB) / VOCAB
     anchor = head + LAYER_GFLOP * recipe.num_layers * recipe.block_size / 8 + REACH_GFLOP
     muon = MUON_S_PER_LAYER * recipe.num_layers + MUON_S_PER_CAPTURED * captured
+    answered, cached = RESPONSE_TOKENS_PER_S[recipe.target_dtype], CACHE_TOKENS_PER_S[recipe.target_dtype]
+    held_out_answered, held_out_cached = RESPONSE_TOKENS_PER_S["float32"], CACHE_TOKENS_PER_S["float32"]
     products = recipe.sequences_per_step * (CONTEXT_GFLOP + recipe.anchors_per_sequence * anchor)
     step = products / GFLOP_PER_S[recipe.dtype] + (muon if recipe.optimizer == "muon" else ADAMW_S)
     evaluated = EVALUATIONS * choosing * new / EVALUATION_ANCHORS_PER_S
     return {
         "target": START_S,
         "prompts": bool(of_self) * 3 * START_S
-        + begun * (OPENING_SHARE * recipe.opening_tokens / RESPONSE_TOKENS_PER_S + OPENING_TOKENS / CACHE_TOKENS_PER_S),
+        + begun * (OPENING_SHARE * recipe.opening_tokens / answered + OPENING_TOKENS / cached),
         "responses": 3 * START_S
-        + ((prompts + choosing) * new + recipe.held_out * held_out_new) / RESPONSE_TOKENS_PER_S
-        + ((prompts + choosing) * PROMPT_TOKENS + recipe.held_out * HELD_OUT_PROMPT_TOKENS) / CACHE_TOKENS_PER_S,
+        + (prompts + choosing) * (new / answered + PROMPT_TOKENS / cached)
+        + recipe.held_out * (held_out_new / held_out_answered + HELD_OUT_PROMPT_TOKENS / held_out_cached),
         "caches": 3 * START_S
-        + ((prompts + choosing) * (PROMPT_TOKENS + new) + copied * COPIED_TOKENS) / CACHE_TOKENS_PER_S
-        + recipe.held_out * (HELD_OUT_PROMPT_TOKENS + held_out_new) / CACHE_TOKENS_PER_S,
+        + ((prompts + choosing) * (PROMPT_TOKENS + new) + copied * COPIED_TOKENS) / cached
+        + recipe.held_out * (HELD_OUT_PROMPT_TOKENS + held_out_new) / held_out_cached,
         "train": START_S + recipe.steps * step + evaluated,
         "check": START_S + recipe.held_out * held_out_new / EVALUATION_ANCHORS_PER_S,
         # plainly at 28 tokens a second, and with a drafter that is not slower
