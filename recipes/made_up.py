@@ -23,6 +23,8 @@ FENCE = "```"
 FEWEST_CHARACTERS, MOST_TOKENS = 24, 224
 """Of a question's code, and of a prompt with its template: as long as most of HumanEval's."""
 HELD_OUT_WORDS = 8
+DOCUMENTED_HEAD = re.compile(r"""(?:from typing import List\n+)?def \w+\([^\n]*:\n\s+(\"{3}|'{3}).*?\1""", re.DOTALL)
+"""A function as far as its docstring goes: how HumanEval asks."""
 
 
 def openings(target: Path, *, first: int, count: int) -> list[dict[str, Any]]:
@@ -49,10 +51,11 @@ def _begun_turn(tokenizer: Tokenizer, content: str) -> str:
 
 
 def made_up(sampled: Sequence[dict[str, Any]], target: Path) -> list[Prompt]:
-    """Return the questions among sampled texts, in their order, no two of the same function and length.
+    """Return the questions that sampled texts hold, in their order, no two of the same function and length.
 
-    A question's code is closed in the text and defines a function; it is none of HumanEval's: neither the function's
-    name nor `HELD_OUT_WORDS` words in a row are there.
+    A question's code defines a function. It is what the text has up to its closing fence, or up to its last whole line
+    where sampling ended before that; and, where a docstring is followed by a body, what goes as far as the docstring is
+    another. It is none of HumanEval's: neither the function's name nor `HELD_OUT_WORDS` words in a row are there.
 
     Args:
         sampled: rows of a responses file, made of `openings`.
@@ -62,24 +65,34 @@ def made_up(sampled: Sequence[dict[str, Any]], target: Path) -> list[Prompt]:
     held_out_words = {words for prompt in load_prompts("humaneval") for words in _in_a_row(_content(prompt))}
     found, seen = [], set()
     for row in sampled:
-        begin = CODE[int(row["id"].rpartition("/")[2]) % len(CODE)]
-        code, fence, _ = f"{begin}{row['text']}".partition(f"\n{FENCE}")
-        names = re.findall(r"def ([A-Za-z_]\w*)\(", code)
-        if not fence or not names or len(code) < FEWEST_CHARACTERS:
-            continue
-        if not held_out_names.isdisjoint(names) or not held_out_words.isdisjoint(_in_a_row(code)):
-            continue
-        if (names[0], len(code)) in seen:
-            continue
-        prompt = Prompt(
-            id=f"{SET}/{row['id'].rpartition('/')[2]}",
-            messages=({"role": "user", "content": SOLVE_WORDING.format(prompt=code)},),
-            set=SET,
-        )
-        if len(tokenizer.encode_prompt(prompt)) <= MOST_TOKENS:
-            seen.add((names[0], len(code)))
-            found.append(prompt)
+        number = row["id"].rpartition("/")[2]
+        for id, code in _codes(f"{SET}/{number}", CODE[int(number) % len(CODE)] + row["text"]):
+            names = re.findall(r"def ([A-Za-z_]\w*)\(", code)
+            if not names or len(code) < FEWEST_CHARACTERS or (names[0], len(code)) in seen:
+                continue
+            if not held_out_names.isdisjoint(names) or not held_out_words.isdisjoint(_in_a_row(code)):
+                continue
+            prompt = Prompt(id=id, messages=({"role": "user", "content": SOLVE_WORDING.format(prompt=code)},), set=SET)
+            if len(tokenizer.encode_prompt(prompt)) <= MOST_TOKENS:
+                seen.add((names[0], len(code)))
+                found.append(prompt)
     return found
+
+
+def opening_of(prompt: Prompt) -> str:
+    """The number of the opening that a made-up prompt is of; two of one opening share their first words."""
+    return prompt.id.split("/")[1]
+
+
+def _codes(id: str, text: str) -> Iterator[tuple[str, str]]:
+    """The pieces of code in a text that can be asked about, and their ids."""
+    code, fence, _ = text.partition(f"\n{FENCE}")
+    if not fence:
+        code = code.rpartition("\n")[0]
+    yield id, code
+    head = DOCUMENTED_HEAD.match(code)
+    if head and code[head.end() :].strip():
+        yield f"{id}/head", head[0]
 
 
 def _content(prompt: Prompt) -> str:

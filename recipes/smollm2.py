@@ -29,7 +29,7 @@ import tyro
 
 from dflash_jax.core import InputError, atomic_file, read_json, read_jsonl, write_json
 from dflash_jax.text import Prompt, load_prompts, load_tokenizer
-from made_up import FENCE, made_up, openings
+from made_up import FENCE, made_up, opening_of, openings
 from made_up import SET as SELF
 from stages import StageError, Stages
 
@@ -43,7 +43,7 @@ CACHE_TOKENS_PER_S = {"float32": 430, "bfloat16": 700}
 GFLOP_PER_S = {"float32": 150, "bfloat16": 250}  # of a training step, on a CPU with AMX; its updates apart
 PROMPT_TOKENS, HELD_OUT_PROMPT_TOKENS = 117, 191  # with the chat template
 OPENING_TOKENS, OPENING_SHARE = 46, 0.62  # of a turn that is begun, and of the most tokens sampled for it
-OPENINGS_KEPT = 0.61  # 1,877 of 3,072 became prompts
+PROMPTS_OF_OPENING = 0.98  # 1,479 of 1,497, a fifth of them unfinished code and a seventh heads alone
 COPIED_TOKENS = 149  # of a copied text: 93 of its prompt, 56 of the copy
 RESPONSE_SHARE = 0.8  # of the most tokens that a response may have: 0.82 of 128, 0.79 of 192
 HEAD_GFLOP, LAYER_GFLOP = 0.80, 0.21  # an anchor of 8 slots, forward and backward, over the whole vocabulary
@@ -56,7 +56,7 @@ START_S = 15  # a command: imports, compiling
 EVALUATIONS = 4  # of a run, to choose its best
 
 
-OPENINGS_PER_ROUND, MOST_ROUNDS = 0.6, 6  # in prompts that are needed
+OPENINGS_PER_ROUND, MOST_ROUNDS = 0.35, 10  # in prompts that are needed
 
 COPY_WORDINGS = (
     "Repeat the following text exactly:\n",
@@ -83,7 +83,7 @@ class Recipe:
     in_process: bool = False
     """Run the stages in this process: imports and compiling are paid once. Their output goes to OUT/logs."""
 
-    mix: str = "problems=600,self=800"
+    mix: str = "problems=600,self=1400"
     """Training prompts: SET[/FORM][@CHARACTERS]=COUNT, the first so many of each that have so many characters; of self,
     prompts that the target makes up."""
     copied: str = "stdlib/complete=600,stdlib/implement=400"
@@ -192,7 +192,7 @@ def budget_s(recipe: Recipe) -> dict[str, float]:
     """Seconds that two idle cores take for a recipe, by stage, from the rates above; nothing is measured."""
     prompts, choosing, copied = map(num_prompts, (recipe.mix, recipe.choosing, recipe.copied))
     of_self = count_of(recipe.mix, SELF) + count_of(recipe.choosing, SELF)
-    begun = math.ceil(1 / OPENINGS_KEPT / OPENINGS_PER_ROUND) * OPENINGS_PER_ROUND * of_self
+    begun = math.ceil(1 / PROMPTS_OF_OPENING / OPENINGS_PER_ROUND) * OPENINGS_PER_ROUND * of_self
     new, held_out_new = RESPONSE_SHARE * recipe.max_new_tokens, RESPONSE_SHARE * recipe.held_out_tokens
     captured = len(recipe.capture_layers.split(",")) if recipe.capture_layers else 4
     slots = (recipe.block_size - 1) / 7
@@ -406,7 +406,8 @@ def self_prompts(base: Recipe, stages: Stages, target: Path) -> list[Prompt]:
     Raises:
         InputError: the target makes up too few.
     """
-    count = count_of(base.mix, SELF) + count_of(base.choosing, SELF)
+    trained_on, choosing = count_of(base.mix, SELF), count_of(base.choosing, SELF)
+    count = trained_on + choosing
     if not count:
         return []
     size, found = max(1, round(OPENINGS_PER_ROUND * count)), []
@@ -423,8 +424,11 @@ def self_prompts(base: Recipe, stages: Stages, target: Path) -> list[Prompt]:
         )  # fmt: skip
         found += read_jsonl(out, what="the sampled texts")
         prompts = made_up(found, target)
-        if len(prompts) >= count:
-            return prompts[:count]
+        mine = prompts[:trained_on]
+        openings_of_mine = {opening_of(prompt) for prompt in mine}  # which are not chosen by
+        apart = [prompt for prompt in prompts[trained_on:] if opening_of(prompt) not in openings_of_mine]
+        if len(mine) == trained_on and len(apart) >= choosing:
+            return mine + apart[:choosing]
     raise InputError(f"{count} prompts of {SELF} are asked for: the target made up {len(made_up(found, target))}")
 
 

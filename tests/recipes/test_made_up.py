@@ -57,11 +57,31 @@ def test_a_question_is_the_code_that_a_sampled_text_goes_on_with(target):
     ]
 
 
+def test_code_that_does_not_end_is_asked_about_up_to_its_last_whole_line(target):
+    (prompt,) = made_up.made_up(rows(" double(number):\n    twice = number + number\n    return twi"), target)
+    assert questions([prompt]) == [SOLVE_WORDING.format(prompt="def double(number):\n    twice = number + number")]
+
+
+@pytest.mark.parametrize("quotes", ['"""', "'''"])
+def test_what_goes_as_far_as_a_docstring_is_another_question(target, quotes):
+    head = f"(n):\n    {quotes}\n    Twice\n    n.\n    {quotes}"
+    body = "\n    return 2 * n\n\ndef g(x):\n    return x"
+    # the second has no body, the third a docstring in a later function alone
+    later = f" g(x):\n    return x\n\ndef h(x):\n    {quotes} x {quotes}\n    return x\n```"
+    found = made_up.made_up(rows(f" twice{head}{body}\n```", f" twice{head}\n```", later), target)
+    assert [prompt.id for prompt in found] == ["self/0", "self/0/head", "self/1", "self/2"]
+    assert questions(found[:2]) == [
+        SOLVE_WORDING.format(prompt=f"def twice{head}{body}"),
+        SOLVE_WORDING.format(prompt=f"def twice{head}"),
+    ]
+    assert {made_up.opening_of(prompt) for prompt in found[:2]} == {"0"}
+
+
 @pytest.mark.parametrize(
     "text",
     [
-        GOOD.partition("\n```")[0],  # the code never ends
         " 3 + 4 is the result of the sum that was asked for\n```",  # no function
+        " a_function_whose_first_line_is(cut, off",  # no whole line
         " g(x): 1\n```",  # too short
         f" g(x):\n{'    x += 1' * 400}\n```",  # too long
     ],
@@ -95,29 +115,38 @@ def sampled(recipe: Recipe, number: int, size: int, good: int) -> None:
 
 def test_rounds_are_sampled_until_there_are_enough(target, tmp_path):
     recipe = Recipe(out=tmp_path, target=target, mix="problems=5,self=8", choosing="self=2")
-    for number in range(3):  # of 6 rows each: 0.6 of the 10 prompts that are needed
-        sampled(recipe, number, 6, 4)
+    for number in range(4):  # of 4 rows each: 0.35 of the 10 prompts that are needed
+        sampled(recipe, number, 4, 3)
     stages = Stages(recipe.out, in_process=True)
     found = smollm2.self_prompts(recipe, stages, target)
-    assert [prompt.id for prompt in found] == [f"self/{row}" for row in (0, 1, 2, 3, 6, 7, 8, 9, 12, 13)]
-    assert list(stages.commands) == ["sampled-0", "sampled-1", "sampled-2"]
+    assert [prompt.id for prompt in found] == [f"self/{row}" for row in (0, 1, 2, 4, 5, 6, 8, 9, 10, 12)]
+    assert list(stages.commands) == ["sampled-0", "sampled-1", "sampled-2", "sampled-3"]
     command = stages.commands["sampled-1"]
     assert "--temperature 0.9 --top-k 32" in command
     begun = (tmp_path / "openings-1.jsonl").read_text().splitlines()
-    assert len(begun) == 6
-    assert '"opening/6"' in begun[0]
+    assert len(begun) == 4
+    assert '"opening/4"' in begun[0]
     # the first are trained on, the last chosen by
     mine = smollm2.prompts_of(recipe.mix, of_self=found[:8])
     assert [prompt.id for prompt in mine][5:] == [prompt.id for prompt in found[:8]]
     last = smollm2.prompts_of(recipe.choosing, of_self=found, from_the_end=True)
-    assert [prompt.id for prompt in last] == ["self/12", "self/13"]
+    assert [prompt.id for prompt in last] == ["self/10", "self/12"]
+
+
+def test_an_opening_that_is_trained_on_is_not_chosen_by(target, tmp_path):
+    recipe = Recipe(out=tmp_path, target=target, mix="self=3", choosing="self=2")
+    for number in range(3):  # of 2 rows each, two questions in each row
+        texts = [GOOD.replace("twice", f"f{number}{row}").replace("\n```", "\n    return 1\n```") for row in range(2)]
+        write_lines(recipe.out / f"sampled-{number}.jsonl", rows(*texts, start=number * 2))
+    found = smollm2.self_prompts(recipe, Stages(recipe.out, in_process=True), target)
+    assert [prompt.id for prompt in found] == ["self/0", "self/0/head", "self/1", "self/2", "self/2/head"]
 
 
 def test_a_target_that_makes_up_nothing_is_told(target, tmp_path):
-    recipe = Recipe(out=tmp_path, target=target, mix="self=10", choosing="problems=2")
+    recipe = Recipe(out=tmp_path, target=target, mix="self=20", choosing="problems=2")
     for number in range(smollm2.MOST_ROUNDS):
-        sampled(recipe, number, 6, 1)
-    with pytest.raises(InputError, match="10 prompts of self are asked for: the target made up 6"):
+        sampled(recipe, number, 7, 1)
+    with pytest.raises(InputError, match="20 prompts of self are asked for: the target made up 10"):
         smollm2.self_prompts(recipe, Stages(recipe.out, in_process=True), target)
     with pytest.raises(InputError, match="4 prompts of self are asked for: it has 3"):
         list(smollm2.prompts_of("self=4", of_self=[Prompt(id=f"self/{i}", prompt="x", set="x") for i in range(3)]))

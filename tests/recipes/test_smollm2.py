@@ -87,8 +87,8 @@ def test_budget_by_hand():
         opening_tokens=100,
     )
     found = budget_s(recipe)
-    # 4 prompts that the target makes up take three rounds of 0.6 x 4 openings: 46 tokens to begin with, 62 sampled
-    assert found["prompts"] == pytest.approx(3 * 15 + 7.2 * (62 / 200 + 46 / 700))
+    # 4 prompts that the target makes up take three rounds of 0.35 x 4 openings: 46 tokens to begin with, 62 sampled
+    assert found["prompts"] == pytest.approx(3 * 15 + 4.2 * (62 / 200 + 46 / 700))
     assert budget_s(replace(recipe, mix="problems=7", choosing="problems=2"))["prompts"] == 0
     # 10 prompts of 117 tokens, 3 held-out ones of 191; responses of 80 tokens on average, of at most 100
     wanted = 3 * 15 + 10 * (80 / 200 + 117 / 700) + 3 * (80 / 115 + 191 / 430)  # held out: float32
@@ -185,8 +185,8 @@ def test_variants():
         assert set(changes) == {"sequences_per_step", "steps"} if name == "small-steps" else len(changes) == 1
     large = replace(recipe, **found["without small-steps"])
     assert large.steps * large.sequences_per_step == recipe.steps * recipe.sequences_per_step
-    assert found["without problems"] == {"mix": "self=800"}
-    assert found["without self-prompts"] == {"mix": "problems=600,stdlib/complete=800"}
+    assert found["without problems"] == {"mix": "self=1400"}
+    assert found["without self-prompts"] == {"mix": "problems=600,stdlib/complete=1400"}
     for bad, line in (
         ({"without": ("salt",)}, "--without is 'salt': choose all or warm-start"),
         ({"vary": ("out=x",)}, "--vary is 'out=x': begin with one of mix"),
