@@ -100,3 +100,19 @@ def test_parts_by_hand():
     assert said.embedding_and_head == 2 * 49152 * 576 * 4
     assert said.batch == 1024 * (2304 * 2 + 8)
     assert step_bytes(shape, config, width=1024, tied=True).embedding_and_head == 49152 * 576 * 4
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_16_bit_step_on_a_cpu_has_wide_tables(tied):
+    shape, table = tiny.tiny_drafter_config(**SMOLLM2), 49152 * 576
+
+    def tables(cache=Path(), **settings):
+        config = tiny_chain.train_config(Path(), cache, Path(), dtype="bfloat16", **settings)
+        return step_bytes(shape, config, width=256, tied=tied).embedding_and_head
+
+    wide = 4 * table * (1 if tied else 2)
+    assert tables() == wide + 2 * table  # the whole head in the step's dtype beside the target's own
+    assert tables(sampled_vocab=4096) == wide  # a head that rows are taken of stays as it is
+    assert tables(None, features="live", responses=Path()) == 2 * table * (1 if tied else 2)
+    # what is planned for is another device
+    assert tables(device="h100", plan=True) == 2 * table * (1 if tied else 2)

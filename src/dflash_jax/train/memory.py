@@ -19,7 +19,8 @@ class StepBytes:
     Attributes:
         weights: the drafter's, float32.
         moments: the optimizer's.
-        embedding_and_head: the target's, frozen, in the step's dtype; once where they are tied.
+        embedding_and_head: the target's, frozen, in the step's dtype; once where they are tied. On a CPU they are
+            float32, and a head that a 16-bit step meets whole is there in the step's dtype too (`step.frozen_ends`).
         batch: features, tokens and labels of the sequences.
         gradient: float32, and once more while it is clipped.
         activations: what the forward pass keeps for the backward pass.
@@ -101,6 +102,21 @@ def _activations(rows: _Rows, drafter: DrafterConfig, *, itemsize: int, remat: b
     return itemsize * (ends + drafter.num_layers * (rows.kept_by_remat() if remat else rows.layer()))
 
 
+def tables_are_wide(config: TrainConfig) -> bool:
+    """Whether the target's embedding and head are float32 whatever the step's dtype: on a CPU, from a cache."""
+    return config.device is None and config.features == "cached" and jax.default_backend() == "cpu"
+
+
+def _tables(config: TrainConfig, *, numbers: int, tied: bool) -> int:
+    """Bytes of the frozen embedding and head, each of so many numbers."""
+    itemsize = jnp.dtype(config.dtype).itemsize
+    tables = 1 if tied else 2
+    if not tables_are_wide(config):
+        return tables * numbers * itemsize
+    narrowed = 0 if config.sampled_vocab or itemsize == _WIDE else itemsize
+    return numbers * (tables * _WIDE + narrowed)
+
+
 def _scores_at_once() -> int:
     """Arrays of the size of a chunk's scores that the backward pass holds: XLA for CPUs makes most of them in place."""
     return 3 if jax.default_backend() == "cpu" else 5
@@ -153,7 +169,7 @@ def step_bytes(
     return StepBytes(
         weights=_WIDE * weights,
         moments=_WIDE * moments,
-        embedding_and_head=(1 if tied else 2) * vocab * hidden * itemsize,
+        embedding_and_head=_tables(config, numbers=vocab * hidden, tied=tied),
         batch=sequences * width * (drafter.num_features * features_itemsize + 8),
         gradient=2 * _WIDE * weights,
         activations=_activations(rows, drafter, itemsize=itemsize, remat=config.remat),

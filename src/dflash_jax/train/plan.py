@@ -16,7 +16,7 @@ from dflash_jax.drafter import DrafterConfig, read_drafter_config
 from dflash_jax.train.config import TrainConfig
 from dflash_jax.train.grouping import bucket
 from dflash_jax.train.init import drafter_config
-from dflash_jax.train.memory import num_parameters, step_bytes
+from dflash_jax.train.memory import num_parameters, step_bytes, tables_are_wide
 from dflash_jax.train.sharding import check_batch
 
 DEFAULT_BLOCK_SIZE, DEFAULT_NUM_LAYERS = 8, 4
@@ -132,8 +132,8 @@ def flops_per_device(shapes: Shapes, flops: dict[str, float]) -> float:
 def memory_bytes(shapes: Shapes) -> dict[str, int]:
     """Return what a device holds in a step, by part, and what it holds while the run starts.
 
-    `start`: beside the state, the layers of the target that new weights are copied from, in the step's dtype; with live
-    features the whole target, which stays and is `target` of the step too.
+    `start`: beside the state, the layers of the target that new weights are copied from, in the dtype they are read in
+    (`tables_are_wide`); with live features the whole target, which stays and is `target` of the step too.
     """
     config, groups = shapes.config, shapes.groups
     tied, parts = shapes.target.tie_embeddings, shapes.head_parts
@@ -149,7 +149,8 @@ def memory_bytes(shapes: Shapes) -> dict[str, int]:
         )
         for anchors in (shapes.anchors, shapes.anchors // shapes.block_parts)
     )
-    whole = targets.describe_target(config.target, mesh=shapes.mesh)["memory"][config.dtype]["weight_bytes_per_device"]
+    dtype = "float32" if tables_are_wide(config) else config.dtype
+    whole = targets.describe_target(config.target, mesh=shapes.mesh)["memory"][dtype]["weight_bytes_per_device"]
     is_live = config.features == "live"
     found = {
         "weights": own.weights,
