@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from dflash_jax.decode import Decoder, guided_loop, start_decoding
-from dflash_jax.targets import load_target, open_mesh, prefill, put_whole, read_target_config
+from dflash_jax.decode.loop import speculative_blocks
+from dflash_jax.targets import load_target, open_mesh, prefill, put_batch, put_whole, read_target_config
 from support import families, tiny, tiny_chain
 
 pytestmark = pytest.mark.slow
@@ -103,6 +104,29 @@ def test_blocks_are_the_same_on_a_mesh(tmp_path):
         assert streamed == [row.tokens for row in rows]
         found.append(rows)
     assert found[0] == found[1] == found[2]
+
+
+def test_a_mesh_keeps_every_sequence_on_its_own_devices(tmp_path):
+    """All of a batch's arrays are split by sequence, and a program gives them back as it got them."""
+    folder = families.write_random_target(tmp_path / "target", families.QWEN3)
+    target = load_target(folder, mesh=open_mesh(read_target_config(folder), "data=2"))
+    config = tiny.tiny_drafter_config(
+        hidden_size=24, num_layers=1, num_heads=2, num_kv_heads=1, head_dim=6, vocab_size=101, capture_layers=(0, 2),
+        num_target_layers=4, block_size=BLOCK,
+    )  # fmt: skip
+    drafter = put_whole(target.mesh, tiny.random_drafter(config))
+    lengths = np.array([1, 2, 3, 4], np.int32)
+    batch = {"prompts": np.ones((4, BUCKET), np.int32), "lengths": lengths, "limit": lengths + NEW}
+    batch = put_batch(target.mesh, batch | {"position_offset": np.zeros(4, np.int32)})
+    start = jax.jit(start_decoding, static_argnames=("capacity", "max_new_tokens"))
+    started = start(target, drafter, **batch, stop_ids=jnp.zeros(0, jnp.int32), capacity=64, max_new_tokens=NEW)
+    step = jax.jit(speculative_blocks, static_argnames=("block_size",))
+    for state in (started, step(target, drafter, started, num_blocks=jnp.int32(2), block_size=BLOCK)):
+        leaves = jax.tree_util.tree_leaves_with_path(state)
+        specs = {jax.tree_util.keystr(path): leaf.sharding.spec for path, leaf in leaves}
+        del specs[".stop_ids"]  # of all sequences
+        assert len(specs) > 15
+        assert {name: spec for name, spec in specs.items() if spec[:1] != ("data",)} == {}
 
 
 @pytest.mark.parametrize("drafter_dtype", [jnp.bfloat16, jnp.float32], ids=["both", "target"])
