@@ -1,11 +1,13 @@
 """The cost of a cache, told before, against what was built and against sums by hand."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from dflash_jax.cache import CacheBuildConfig, CacheCostConfig, build, cache_cost
+from dflash_jax.cache.capture import TargetCapture
 from dflash_jax.core import InputError
 from support import tiny, toy_cache
 from support.gpt_oss import GPT_OSS_20B
@@ -131,6 +133,28 @@ def test_calibrated_time_has_its_parts(tmp_path):
     assert not (tmp_path / "cache").exists()
     assert {path.name for path in tmp_path.iterdir()} == {"target", "r.jsonl"}
     assert build(CacheBuildConfig(**asked), fingerprint={})["bytes"] == cost["bytes"]["total"]
+
+
+@pytest.mark.parametrize(("length", "shape"), [(700, (1, 512)), (100, (4, 128)), (40, (8, 64))])
+def test_a_batch_that_is_tried_on_a_cpu_is_small(tmp_path, monkeypatch, length, shape):
+    """Of the batch that the build runs most often, at most 512 tokens, its length cut before its rows."""
+    tried = []
+
+    def start(_, tokens, lengths, offsets, *, by_layers, **_kept):
+        tried.append((tokens.shape, lengths.tolist(), len(offsets), by_layers))
+        return SimpleNamespace(features=np.zeros(1)), None
+
+    monkeypatch.setattr(TargetCapture, "start", start)
+    target = tiny.write_tiny_target(tmp_path / "target", max_position_embeddings=2048)
+    texts = np.random.default_rng(0).integers(4, 50, (6, length)).tolist()
+    toy_cache.write_responses(tmp_path / "r.jsonl", [(text[:9], text[9:]) for text in texts])
+    cache_cost(
+        CacheCostConfig(
+            target=target, responses=tmp_path / "r.jsonl", capture_layers=(1,), tokens_per_batch=4096,
+            out=tmp_path / "cache",
+        )
+    )  # fmt: skip
+    assert tried == [(shape, [shape[1]] * shape[0], shape[0], True)] * 3
 
 
 @pytest.mark.parametrize(
