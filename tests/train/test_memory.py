@@ -106,7 +106,7 @@ def test_parts_by_hand():
 def test_a_16_bit_step_on_a_cpu_has_wide_tables(tied):
     shape, table = tiny.tiny_drafter_config(**SMOLLM2), 49152 * 576
 
-    def tables(cache=Path(), **settings):
+    def tables(cache: Path | None = Path(), **settings):
         config = tiny_chain.train_config(Path(), cache, Path(), dtype="bfloat16", **settings)
         return step_bytes(shape, config, width=256, tied=tied).embedding_and_head
 
