@@ -413,8 +413,7 @@ def self_prompts(base: Recipe, stages: Stages, target: Path) -> list[Prompt]:
     size, found = max(1, round(OPENINGS_PER_ROUND * count)), []
     for number in range(MOST_ROUNDS):
         begun = base.out / f"openings-{number}.jsonl"
-        if not begun.exists():
-            write_lines(begun, openings(target, first=number * size, count=size))
+        write_once(begun, openings(target, first=number * size, count=size))
         out = base.out / f"sampled-{number}.jsonl"
         stages.run(
             f"sampled-{number}", "responses", "--target", target, "--prompts", begun, "--out", out,
@@ -471,13 +470,24 @@ def write_lines(path: Path, rows: Sequence[dict[str, Any]]) -> None:
 
 def prompt_file(path: Path, mix: str, *, of_self: Sequence[Prompt], from_the_end: bool = False) -> Path:
     """Write a mix of prompts unless it is there."""
-    if not path.exists():
-        rows = [
-            {"id": prompt.id, "messages": prompt.messages, "set": prompt.set}
-            for prompt in prompts_of(mix, of_self=of_self, from_the_end=from_the_end)
-        ]
-        write_lines(path, rows)
+    rows = [
+        {"id": prompt.id, "messages": list(prompt.messages or ()), "set": prompt.set}
+        for prompt in prompts_of(mix, of_self=of_self, from_the_end=from_the_end)
+    ]
+    write_once(path, rows)
     return path
+
+
+def write_once(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """Write JSON lines unless they are there.
+
+    Raises:
+        InputError: others are there, of other settings: what is chosen by could be among what is trained on.
+    """
+    if not path.exists():
+        write_lines(path, rows)
+    elif read_jsonl(path, what="the prompts") != list(rows):
+        raise InputError(f"{path} is of other settings: choose another --out, or keep the settings")
 
 
 def _tag(text: str) -> str:

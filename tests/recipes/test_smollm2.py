@@ -292,3 +292,13 @@ def test_results_hold_tau_its_difference_and_the_speed_up(finished):
     assert any(line.startswith("| num_layers=7 | num_layers 7 | failed |") for line in lines)
     assert lines[-1].startswith("decode, 2 prompts, blocks of 3: tau ")
     assert full["decode"]["draft_vocab_size"] == 9
+
+
+def test_prompts_that_other_settings_left_are_refused(tmp_path):
+    path = tmp_path / "prompts-choosing.jsonl"
+    wanted = smollm2.prompt_file(path, "problems=3", of_self=(), from_the_end=True)
+    before = path.read_bytes()
+    assert smollm2.prompt_file(path, "problems=3", of_self=(), from_the_end=True) == wanted
+    with pytest.raises(InputError, match="prompts-choosing.jsonl is of other settings: choose another --out"):
+        smollm2.prompt_file(path, "problems=4", of_self=(), from_the_end=True)
+    assert path.read_bytes() == before

@@ -17,7 +17,7 @@ QUERIES_PER_CHUNK = 256  # bounds the score matrix of a long prefill to batch * 
 # causal mask leaves empty is still computed. More spans save little and take longer to compile.
 MOST_SPANS = 4
 SPAN_MULTIPLE = 128
-# A block that is verified has fewer queries than this on average; with 16 the two forms take the same time.
+# Up to so many queries a CPU is faster with the keys first; with 16 the two forms take the same time.
 FEW_QUERIES = 8
 _MASKED = -1e30  # beside a key that is seen it takes no weight; finite, so that no difference is NaN
 
@@ -74,7 +74,7 @@ def _attend_chunk(
         visible &= key_rows[:, None] > rows[:, :, None] - window
     grouped = q.astype(k.dtype).reshape(batch, query, kv_heads, group, head_dim).transpose(0, 2, 3, 1, 4)
     if query == 1 or (query <= FEW_QUERIES and on_one_cpu()):
-        # keys first: XLA's CPU product of a few rows with many turns all keys the other way round
+        # keys first: XLA's CPU product of a few rows with many would turn all keys round (docs/design/017-few-rows.md)
         scores = product("bktd,bkgqd->bktgq", k, grouped, out=jnp.float32)
         scores = scores.transpose(0, 1, 3, 4, 2) * head_dim**-0.5
     else:

@@ -107,14 +107,12 @@ def tables_are_wide(config: TrainConfig) -> bool:
     return config.device is None and config.features == "cached" and jax.default_backend() == "cpu"
 
 
-def _tables(config: TrainConfig, *, numbers: int, tied: bool) -> int:
-    """Bytes of the frozen embedding and head, each of so many numbers."""
+def table_bytes(config: TrainConfig, *, numbers: int, tied: bool) -> tuple[int, int]:
+    """Return bytes of the target's embedding and head, each of so many numbers, and of the copy that is narrowed."""
     itemsize = jnp.dtype(config.dtype).itemsize
-    tables = 1 if tied else 2
-    if not tables_are_wide(config):
-        return tables * numbers * itemsize
-    narrowed = 0 if config.sampled_vocab or itemsize == _WIDE else itemsize
-    return numbers * (tables * _WIDE + narrowed)
+    is_wide = tables_are_wide(config)
+    is_narrowed = is_wide and itemsize < _WIDE and not config.sampled_vocab
+    return (1 if tied else 2) * numbers * (_WIDE if is_wide else itemsize), is_narrowed * numbers * itemsize
 
 
 def _scores_at_once() -> int:
@@ -169,7 +167,7 @@ def step_bytes(
     return StepBytes(
         weights=_WIDE * weights,
         moments=_WIDE * moments,
-        embedding_and_head=_tables(config, numbers=vocab * hidden, tied=tied),
+        embedding_and_head=sum(table_bytes(config, numbers=vocab * hidden, tied=tied)),
         batch=sequences * width * (drafter.num_features * features_itemsize + 8),
         gradient=2 * _WIDE * weights,
         activations=_activations(rows, drafter, itemsize=itemsize, remat=config.remat),

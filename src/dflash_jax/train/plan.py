@@ -16,7 +16,7 @@ from dflash_jax.drafter import DrafterConfig, read_drafter_config
 from dflash_jax.train.config import TrainConfig
 from dflash_jax.train.grouping import bucket
 from dflash_jax.train.init import drafter_config
-from dflash_jax.train.memory import num_parameters, step_bytes, tables_are_wide
+from dflash_jax.train.memory import num_parameters, step_bytes, table_bytes, tables_are_wide
 from dflash_jax.train.sharding import check_batch
 
 DEFAULT_BLOCK_SIZE, DEFAULT_NUM_LAYERS = 8, 4
@@ -167,7 +167,9 @@ def memory_bytes(shapes: Shapes) -> dict[str, int]:
     worst = max(found["activations"] + max(found["head_scratch"], found["attention_scratch"]), found["gradient"])
     ends = own.embedding_and_head // parts
     copied = shapes.drafter.num_layers if config.init == "target" and config.init_from is None else 0
-    loaded = whole if is_live else ends + (whole - ends) * copied // shapes.target.num_layers
+    numbers = shapes.drafter.vocab_size * shapes.drafter.hidden_size
+    layers = whole - table_bytes(config, numbers=numbers, tied=tied)[0] // parts
+    loaded = whole if is_live else ends + layers * copied // shapes.target.num_layers
     # the new weights and the state's own, for a moment
     return found | {"step": held + worst, "start": 2 * found["weights"] + found["moments"] + loaded}
 
