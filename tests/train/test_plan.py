@@ -8,7 +8,7 @@ from dflash_jax.core import InputError, parse_device, parse_mesh
 from dflash_jax.targets import read_target_config
 from dflash_jax.train import TrainConfig, train
 from dflash_jax.train.init import drafter_config
-from dflash_jax.train.plan import Shapes, flops_per_device, link_traffic, step_flops
+from dflash_jax.train.plan import Shapes, flops_per_device, link_traffic, memory_bytes, step_flops
 from support.gpt_oss import GPT_OSS_20B
 
 
@@ -105,6 +105,21 @@ def test_this_machine_is_tried_and_the_cache_is_read(target_folder, cache, tmp_p
     assert told["time"]["run_s"] == pytest.approx(2000 * told["time"]["step_s"], rel=1e-3)
     assert told["how"].endswith("timed here")
     assert not (tmp_path / "run").exists()
+
+
+def test_a_16_bit_run_on_a_cpu_reads_float32_and_narrows_the_head(gpt_oss, tmp_path):
+    target = read_target_config(gpt_oss)
+    drafter = drafter_config(target, capture_layers=(1, 5), num_layers=2, block_size=8, mask_token_id=0)
+
+    def start(**settings):
+        config = TrainConfig(target=gpt_oss, cache=tmp_path, out=tmp_path, plan=True, **settings)
+        mesh = parse_mesh("data=1")
+        shapes = Shapes(config=config, target=target, drafter=drafter, width=64, features_itemsize=2, mesh=mesh)
+        return memory_bytes(shapes)["start"]
+
+    wide = start(dtype="float32")
+    assert start(dtype="bfloat16", sampled_vocab=4096) == wide
+    assert start(dtype="bfloat16") == wide + 2 * 201088 * 2880
 
 
 def test_the_device_with_most_to_do(gpt_oss, tmp_path):
