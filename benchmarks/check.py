@@ -12,6 +12,7 @@ takes a few minutes on two cores with 2 sequences of 1024 tokens; `--width` is t
 
 import argparse
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -29,7 +30,7 @@ from dflash_jax.core import no_progress
 from dflash_jax.decode import accept_len
 from dflash_jax.drafter import Drafter, DrafterConfig, StoredSequence, block_labels, draft_blocks, load_drafter
 from dflash_jax.nn import greedy_tokens
-from dflash_jax.targets import Target, load_target
+from dflash_jax.targets import Target, load_target, with_screen
 
 
 def read_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -130,6 +131,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     width = options.width or -(-max(len(cache.sequence(i).token_ids) for i in range(cache.num_sequences)) // 64) * 64
     texts = on_device(cache, width=width, max_positions=target.config.max_positions)
     choice = AnchorChoice(kind="random", number=options.anchors_per_sequence)
+    begin = time.perf_counter()
+    screen = jax.block_until_ready(with_screen(target).screen)
+    screen_s = time.perf_counter() - begin
 
     def check() -> list[SequenceResult]:
         return evaluate_cache(
@@ -143,6 +147,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             position_offsets=None,
             progress=no_progress,
             anchors=choice,
+            screen=screen,
         )
 
     ours = check()
@@ -171,6 +176,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "block_size": drafter.config.block_size,
             "drafter_layers": drafter.config.num_layers,
             "num_features": drafter.config.num_features,
+            "screen_s": None if screen is None else screen_s,
             "num_anchors": num_anchors,
             "num_differing": differing,
             "accept_len_mean": float(np.concatenate([result.accepted for result in ours]).mean()),

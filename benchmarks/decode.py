@@ -40,7 +40,7 @@ from decode_others import Generate, Zlab, load_hf_target, use_torch
 from decode_work import KINDS, Batch, Runs, new_tokens_of, passes_made, tau_of, weight_bytes
 from dflash_jax.accept import check_block_size
 from dflash_jax.drafter import Drafter, DrafterConfig, init_drafter, load_drafter, read_drafter_config
-from dflash_jax.targets import Target, load_target
+from dflash_jax.targets import Target, load_target, with_screen
 from dflash_jax.text import encode_prompts, load_tokenizer
 from target_prefill import SHAPES, random_target
 
@@ -98,7 +98,7 @@ def load_models(options: argparse.Namespace) -> tuple[Target, Drafter]:
     """Target and drafter, of folders or random."""
     dtype = jnp.dtype(options.dtype)
     if options.shapes is None:
-        return load_target(options.target, dtype=dtype), load_drafter(options.drafter, dtype=dtype)
+        return with_screen(load_target(options.target, dtype=dtype)), load_drafter(options.drafter, dtype=dtype)
     drafter = init_drafter(DrafterConfig(**DRAFTERS[options.shapes]), key=jax.random.key(1))
     cast = jax.tree_util.tree_map(lambda leaf: leaf.astype(dtype), drafter)
     return random_target(SHAPES[options.shapes], options.dtype, "data=1"), cast

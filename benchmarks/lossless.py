@@ -39,7 +39,7 @@ from dflash_jax.decode import (
     start_decoding,
 )
 from dflash_jax.drafter import Drafter, drafter_fingerprint, init_drafter, load_drafter
-from dflash_jax.targets import Target, load_target
+from dflash_jax.targets import Target, load_target, with_screen
 from dflash_jax.text import EncodedPrompt, encode_prompts, load_tokenizer
 
 WAYS = ("trained", "random", "wrong", "oracle")
@@ -205,7 +205,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options.block_size = options.block_size or trained.config.block_size
     untrained = init_drafter(trained.config, key=jax.random.key(options.seed))
     drafters = {"trained": trained, "random": jax.tree_util.tree_map(lambda leaf: leaf.astype(dtype), untrained)}
-    target, tokenizer = load_target(options.target, dtype=dtype), load_tokenizer(options.target)
+    target, tokenizer = with_screen(load_target(options.target, dtype=dtype)), load_tokenizer(options.target)
     positions = target.config.max_positions
     prompts = encode_prompts(
         options.prompts, tokenizer, max_positions=positions, limit=options.limit, seed=options.seed

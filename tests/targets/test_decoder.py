@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from dflash_jax.targets import KVCache, extend, load_target, next_ids, prefill
+from dflash_jax.targets import KVCache, decoder, extend, load_target, next_ids, prefill, with_screen
 from dflash_jax.targets import decoder as decoder_module
 from support.jaxprs import float32_precisions
 
@@ -193,6 +193,14 @@ def test_a_smaller_length_takes_tokens_back(target):
     want = jitted_extend(target, kv, right, capture_layers=LAYERS)
     np.testing.assert_array_equal(got.features, want.features)
     np.testing.assert_array_equal(got.hidden, want.hidden)
+
+
+@pytest.mark.parametrize("pays", [True, False])
+def test_a_target_gets_a_screen_where_one_pays(monkeypatch, target, pays):
+    monkeypatch.setattr(decoder, "screen_pays", lambda dtype, head: pays and dtype == head.dtype)
+    with_one = with_screen(target)
+    assert (with_one.screen is not None) == pays
+    assert with_screen(with_one) is with_one
 
 
 def test_an_offset_changes_nothing(target):

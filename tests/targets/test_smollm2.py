@@ -1,5 +1,7 @@
 """The real target against transformers: SmolLM2-135M-Instruct, float32."""
 
+from dataclasses import replace
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -8,6 +10,8 @@ import pytest
 import torch
 from transformers import AutoTokenizer, LlamaForCausalLM
 
+from dflash_jax.nn import make_screen
+from dflash_jax.nn.head_screen import screened_tokens
 from dflash_jax.targets import Target, describe_target, extend, load_target, next_ids, prefill
 
 pytestmark = pytest.mark.slow
@@ -78,6 +82,17 @@ def test_every_layer_and_the_logits_are_transformers(target, model, prompts):
         assert relative(output.hidden[row, : len(prompt)], theirs.hidden_states[30][0]) < 1e-4
         assert relative(logits[row, : len(prompt)], theirs.logits[0]) < 1e-4  # measured 3.3e-6
         assert greedy[row, : len(prompt)].tolist() == theirs.logits[0].argmax(-1).tolist()
+
+
+def test_a_screen_of_the_head_changes_no_token(target, prompts):
+    output, _, greedy = run_padded(target, prompts, 0)
+    screened = eqx.filter_jit(next_ids)(replace(target, screen=make_screen(target.head)), output.hidden)
+    np.testing.assert_array_equal(screened, greedy)
+    # and it is the screen that says so, of most of them
+    hidden = output.hidden[0, : len(prompts[0])]
+    tokens, settled = jax.jit(lambda rows, head: screened_tokens(rows, head, make_screen(head)))(hidden, target.head)
+    assert settled.mean() > 0.8
+    np.testing.assert_array_equal(tokens[settled], greedy[0, : len(prompts[0])][settled])
 
 
 def test_greedy_continuations_are_transformers(target, model, prompts):

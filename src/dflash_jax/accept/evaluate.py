@@ -34,6 +34,7 @@ from dflash_jax.drafter import (
     draft_in_context,
     draft_rows_of,
 )
+from dflash_jax.nn import Screen, can_screen
 
 MOST_RIVALS = 512
 RIVAL_SHARE = 1 / 16
@@ -161,6 +162,7 @@ def _evaluate_items(
     rows: Int32[Array, "item group"],
     anchors: Int32[Array, "item group anchor"],
     num_items: Int32[Array, ""],
+    screen: Screen | None,
     *,
     block_size: int,
 ) -> tuple[
@@ -175,6 +177,10 @@ def _evaluate_items(
     vocabulary's rows of the head.
     """
     texts, head = _project(drafter, sequences), draft_head(drafter, head)
+    if screen is not None:
+        # half the time of the whole head, for rows of its own dtype
+        fits = can_screen(head) and drafter.fc.weight.dtype == head.dtype
+        screen = Screen(rows=draft_head(drafter, screen.rows)) if fits else None
     rivals = head[rival_rows]
     draft = jax.vmap(partial(_draft_item, drafter, embed_tokens, block_size=block_size))
     slots = (*anchors.shape[1:], block_size - 1)
@@ -195,14 +201,14 @@ def _evaluate_items(
             head=head,
             rivals=rivals,
         )
-        waiting, hits = settle_open_rows(waiting, hits, head=head, all_=False)
+        waiting, hits = settle_open_rows(waiting, hits, head=head, screen=screen, all_=False)
         return waiting, hits, labelled_slots.at[number].set(labelled)
 
     every = (len(anchors), *slots)
     waiting = no_open_rows(len(places), head=head, dtype=drafter.fc.weight.dtype)
     start = (waiting, jnp.zeros(math.prod(every), bool), jnp.zeros(every, bool))
     waiting, hits, labelled = lax.fori_loop(jnp.int32(0), num_items, evaluate, start)
-    _, hits = settle_open_rows(waiting, hits, head=head, all_=True)
+    _, hits = settle_open_rows(waiting, hits, head=head, screen=screen, all_=True)
     correct = hits.reshape(every)
     # a hit is a token and a miss another: decoding's accept rule sees what it would see
     accepted = accept_len(
@@ -266,6 +272,7 @@ def _evaluate_batch(
     *,
     most_items: int,
     block_size: int,
+    screen: Screen | None,
 ) -> list[dict[int, np.ndarray]]:
     """Accepted, correct and labelled by row of the batch, anchors in order."""
     shape = (most_items, len(items[0].rows), items[0].anchors.shape[1])
@@ -281,6 +288,7 @@ def _evaluate_batch(
         jnp.asarray(rows),
         jnp.asarray(anchors),
         jnp.int32(len(items)),
+        screen,
         block_size=block_size,
     )
     parts: list[dict[int, list[np.ndarray]]] = [{}, {}, {}]
@@ -327,6 +335,7 @@ def evaluate_cache(
     anchors: AnchorChoice = AnchorChoice(),  # noqa: B008  (frozen)
     tokens_per_batch: int = 4096,
     rows: Collection[int] | None = None,
+    screen: Screen | None = None,
 ) -> list[SequenceResult]:
     """Evaluate the chosen anchors of every sequence, in the cache's order; sequences without one are left out.
 
@@ -345,6 +354,7 @@ def evaluate_cache(
         anchors: which anchors.
         tokens_per_batch: tokens whose contexts are kept at a time.
         rows: sequences of other rows of the responses file (`sequence_index`) are left out; None keeps all.
+        screen: of the head, made once for many calls where `screen_pays`; it changes no answer.
     """
     jobs = _jobs(cache, anchors, position_offsets, rows)
     rival_rows = jnp.asarray(_rivals(drafter, cache, jobs, vocab_size=head.shape[0]))
@@ -364,6 +374,7 @@ def evaluate_cache(
             plan_items(batch.jobs, anchors_per_row=batch.anchors_per_row, group=batch.group),
             most_items=batch.most_items,
             block_size=block_size,
+            screen=screen,
         )
         for row, job in enumerate(batch.jobs):
             results[job.index] = _result(cache, job, *(part[row] for part in found))

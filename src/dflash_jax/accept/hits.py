@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int32
 
-from dflash_jax.nn import product, rows_product
+from dflash_jax.nn import Screen, product, rows_product, screened_tokens
 
 # Rows that meet the whole head at a time: the largest number while so many wait, at the end the least that holds the
 # rest. On a CPU no more than `rows_product` takes in the order the head is stored in, and 16 rows cost half of 64. On
@@ -61,6 +61,21 @@ def _is_argmax(
     own = jnp.take_along_axis(logits, labels[None], axis=0)
     higher = lax.broadcasted_iota(jnp.int32, logits.shape, 0) >= labels[None]
     return ((logits < own) | ((logits == own) & higher)).all(axis=0)
+
+
+def _hits_of_block(
+    hidden: Float[Array, "row hidden"],
+    labels: Int32[Array, " row"],
+    waits: Bool[Array, " row"],
+    *,
+    head: Float[Array, "vocab hidden"],
+    screen: Screen | None,
+) -> Bool[Array, " row"]:
+    """`_is_argmax` of the rows that wait: by a screen where there is one and it settles all of them."""
+    if screen is None:
+        return _is_argmax(hidden, labels, head)
+    tokens, settled = screened_tokens(hidden, head, screen)
+    return lax.cond((settled | ~waits).all(), lambda: tokens == labels, lambda: _is_argmax(hidden, labels, head))
 
 
 class OpenRows(eqx.Module):
@@ -128,7 +143,12 @@ def add_open_rows(
 
 
 def settle_open_rows(
-    waiting: OpenRows, hits: Bool[Array, " place"], *, head: Float[Array, "vocab hidden"], all_: bool
+    waiting: OpenRows,
+    hits: Bool[Array, " place"],
+    *,
+    head: Float[Array, "vocab hidden"],
+    all_: bool,
+    screen: Screen | None = None,
 ) -> tuple[OpenRows, Bool[Array, " place"]]:
     """Meet the whole head with the rows that wait, and write at their places which of them are hits.
 
@@ -137,6 +157,7 @@ def settle_open_rows(
         hits: all answers; the others are left alone.
         head: the vocabulary head.
         all_: whether no row may wait on; else those stay that do not fill a block.
+        screen: of the head; float32 rows meet it first.
     """
     sizes = _block_sizes(head.shape[0])
     fewest = 1 if all_ else sizes[-1]
@@ -148,8 +169,8 @@ def settle_open_rows(
             lax.dynamic_slice_in_dim(rows, start, size) for rows in (waiting.hidden, waiting.labels, waiting.places)
         )
         waits = start + jnp.arange(size, dtype=jnp.int32) < count
-        places = jnp.where(waits, places, hits.shape[0])
-        return start, hits.at[places].set(_is_argmax(hidden, labels, head), mode="drop")
+        found = _hits_of_block(hidden, labels, waits, head=head, screen=screen)
+        return start, hits.at[jnp.where(waits, places, hits.shape[0])].set(found, mode="drop")
 
     def settle_some(done: tuple[Int32[Array, ""], Bool[Array, " place"]]):  # noqa: ANN202
         if not all_:

@@ -165,7 +165,7 @@ def _comparison(pairs: list[_Pair], results: list[list[SequenceResult]], config:
 def _evaluate(config: CheckConfig, pairs: list[_Pair], progress: Move) -> list[list[SequenceResult]]:
     """Per-anchor results of every pair; the target is loaded once, a drafter once for all its caches."""
     # blocks are drafted from what the cache holds: of the target its two ends are needed, and no layer
-    target, results = targets.load_target(config.target, layers=()), []
+    target, results = targets.with_screen(targets.load_target(config.target, layers=())), []
     for path, own in groupby(pairs, key=lambda pair: pair.drafter.path):
         drafter = load_drafter(path)
         for pair in own:
@@ -184,6 +184,7 @@ def _evaluate(config: CheckConfig, pairs: list[_Pair], progress: Move) -> list[l
                 position_offsets=config.position_offsets,
                 progress=move,
                 anchors=parse_anchors(config.anchors, seed=config.seed),
+                screen=target.screen,
             )
             results.append(found)
     return results

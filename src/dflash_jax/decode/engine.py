@@ -23,7 +23,7 @@ from dflash_jax.decode.loop import (
 )
 from dflash_jax.decode.sampler import Sampler, Sampling
 from dflash_jax.drafter import Drafter
-from dflash_jax.targets import Target, padded_rows, put_batch
+from dflash_jax.targets import Target, padded_rows, put_batch, with_screen
 
 PROMPT_BUCKET = 64
 # A queue's rows are refilled by this part of the batch at a time: fewer at once would make many small prompts' passes,
@@ -117,10 +117,11 @@ class Decoder:
         """Bind what all batches share; `stop_ids` may be empty.
 
         A `prompt_bucket` as wide as the longest prompt gives one shape for all. On a mesh the batch is filled up to
-        rows that it splits evenly.
+        rows that it splits evenly. Where 16-bit products are fast a float32 target gets a screen of its head, half the
+        head's bytes; it changes no token.
         """
         self._prompt_bucket = prompt_bucket
-        self._target = target
+        self._target = with_screen(target)
         self._stop_ids = jnp.asarray(np.array(stop_ids, np.int32))
         self._max_new_tokens = max_new_tokens
         self._batch_size = padded_rows(target.mesh, batch_size)

@@ -20,9 +20,11 @@ from dflash_jax.nn.head import (
     linear_cross_entropy,
     linear_soft_cross_entropy,
     online_pass,
+    screen_pays,
     top_tokens,
 )
 from dflash_jax.nn.head_sample import Sample, draw_sample, named_tokens
+from dflash_jax.nn.head_screen import Screen, can_screen, make_screen, screened_tokens
 from dflash_jax.nn.mlp import Linear, SwiGLU
 from dflash_jax.nn.moe import Experts, MoE, apply_experts
 from dflash_jax.nn.norm import RMSNorm
@@ -46,6 +48,7 @@ __all__ = [
     "Rope",
     "RopeScaling",
     "Sample",
+    "Screen",
     "SwiGLU",
     "TopPart",
     "YarnScaling",
@@ -55,6 +58,7 @@ __all__ = [
     "as_another_value",
     "best_tokens",
     "block_attention",
+    "can_screen",
     "causal_attention",
     "check_rope_precision",
     "draw_sample",
@@ -64,6 +68,7 @@ __all__ = [
     "greedy_tokens",
     "linear_cross_entropy",
     "linear_soft_cross_entropy",
+    "make_screen",
     "named_tokens",
     "noisy_scores",
     "on_one_cpu",
@@ -75,6 +80,8 @@ __all__ = [
     "rows_product",
     "sample_tokens",
     "scaling_to_json",
+    "screen_pays",
+    "screened_tokens",
     "top_tokens",
     "write_first_rows",
     "write_rows",

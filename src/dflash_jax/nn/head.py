@@ -12,7 +12,8 @@ from jax import lax
 from jaxtyping import Array, Float, Int32, PRNGKeyArray
 
 from dflash_jax.nn.head_sample import Sample, draw_sample, named_tokens
-from dflash_jax.nn.product import on_one_cpu, product, rows_product
+from dflash_jax.nn.head_screen import Screen, can_screen, make_screen, screened_tokens
+from dflash_jax.nn.product import has_fast_16_bit_products, on_one_cpu, product, rows_product
 
 VOCAB_CHUNK = 8192
 # Up to this many logits (64 MiB of float32) the head is one product: a scan would copy the head's chunks once more,
@@ -21,6 +22,11 @@ DIRECT_LOGITS = 2**24
 # On a CPU that many rows meet the whole head at a time where `DIRECT_LOGITS` allows it: chunks of the head are copies
 # there, and logits of all rows of a prefill are fresh memory, chunk by chunk.
 ROWS_PER_BLOCK_ON_CPU = 256
+# From so many float32 rows on a CPU with fast 16-bit products makes a screen of the head first: it costs what half of
+# them save.
+ROWS_FOR_A_SCREEN = 2048
+# Rows that a screen leaves open meet the whole head so many at a time.
+OPEN_ROWS_PER_BLOCK = 64
 # Columns whose maximum is looked for first, on a CPU: a maximum takes a ninth of the time that its place does there.
 COLUMNS_PER_PART = 128
 
@@ -91,14 +97,50 @@ def best_tokens(
     return score.reshape(hidden.shape[:-1]), token.reshape(hidden.shape[:-1])
 
 
-def greedy_tokens(hidden: Float[Array, "*rows hidden"], head: Float[Array, "vocab hidden"]) -> Int32[Array, "*rows"]:
+def greedy_tokens(
+    hidden: Float[Array, "*rows hidden"], head: Float[Array, "vocab hidden"], *, screen: Screen | None = None
+) -> Int32[Array, "*rows"]:
     """Return the argmax of `hidden @ head.T` for every row; the lowest id wins a tie. Logits are float32.
 
     Args:
         hidden: rows after the model's final norm.
         head: the vocabulary head, one row per token.
+        screen: of this head, by `make_screen`, where there is one; many rows make one where that is faster.
     """
-    return best_tokens(hidden, head)[1]
+    rows = hidden.size // hidden.shape[-1]
+    if screen is None and rows >= ROWS_FOR_A_SCREEN and screen_pays(hidden.dtype, head):
+        screen = make_screen(head)
+    if screen is None or rows == 1:
+        return best_tokens(hidden, head)[1]
+    return _greedy_by_screen(hidden.reshape(rows, -1), head, screen).reshape(hidden.shape[:-1])
+
+
+def screen_pays(dtype: jnp.dtype, head: Float[Array, "vocab hidden"]) -> bool:
+    """Whether a screen of this head, once it is made, is faster for rows of `dtype`: float32 on one CPU with AMX."""
+    return dtype == head.dtype == jnp.float32 and on_one_cpu() and has_fast_16_bit_products() and can_screen(head)
+
+
+def _greedy_by_screen(
+    hidden: Float[Array, "row hidden"], head: Float[Array, "vocab hidden"], screen: Screen
+) -> Int32[Array, " row"]:
+    """`greedy_tokens`: the screen settles most rows, and the whole head the others."""
+    rows, block = hidden.shape[0], min(ROWS_PER_BLOCK_ON_CPU, max(1, DIRECT_LOGITS // head.shape[0]))
+    if rows <= min(block, size := OPEN_ROWS_PER_BLOCK):
+        tokens, settled = screened_tokens(hidden, head, screen)
+        # not a loop: XLA takes what is the same in each of its rounds out of it, and always does it
+        return lax.cond(settled.all(), lambda: tokens, lambda: best_tokens(hidden, head)[1])
+    blocks = jnp.pad(hidden, ((0, -rows % block), (0, 0))).reshape(-1, block, hidden.shape[1])
+    tokens, settled = lax.map(lambda some: screened_tokens(some, head, screen), blocks)
+    tokens, settled = tokens.reshape(-1)[:rows], settled.reshape(-1)[:rows]
+    open_first = jnp.argsort(settled, stable=True)  # rows that are settled fill the last block
+
+    def settle(done: tuple[Int32[Array, ""], Int32[Array, " row"]]) -> tuple[Int32[Array, ""], Int32[Array, " row"]]:
+        at, tokens = done
+        some = lax.dynamic_slice_in_dim(open_first, jnp.minimum(at, rows - size), size)
+        return at + size, tokens.at[some].set(best_tokens(hidden[some], head)[1])
+
+    num_open = rows - settled.sum(dtype=jnp.int32)
+    return lax.while_loop(lambda done: done[0] < num_open, settle, (jnp.int32(0), tokens))[1]
 
 
 class TopPart(eqx.Module):

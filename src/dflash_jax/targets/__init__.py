@@ -17,6 +17,7 @@ from dflash_jax.targets.decoder import (
     next_top,
     pin_cache,
     prefill,
+    with_screen,
 )
 from dflash_jax.targets.describe import describe_target
 from dflash_jax.targets.layout import assemble, stored_shapes, tensor_axes, tensor_shapes
@@ -62,4 +63,5 @@ __all__ = [
     "tensor_shapes",
     "weight_sharding",
     "whole_axes",
+    "with_screen",
 ]
