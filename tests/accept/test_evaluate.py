@@ -9,6 +9,7 @@ import pytest
 from dflash_jax.accept import AnchorChoice, evaluate_cache
 from dflash_jax.core import load_tensors, no_progress, read_json
 from dflash_jax.drafter import save_drafter, with_draft_vocabulary
+from dflash_jax.nn import Screen, head_screen, make_screen
 from oracles import acceptance, blocks
 from support import tiny
 from support.memory_cache import MemoryCache, random_sequence
@@ -94,6 +95,21 @@ CASES = {
         "seed": 14, "block_size": 3, "max_new_tokens": 20, "max_positions": 69, "num_layers": 1, "draft_ids": (2, 3, 4),
     },
 }  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["two layers", "a draft vocabulary"])
+def test_a_screen_of_the_head_is_asked_and_changes_nothing(name, tmp_path, monkeypatch):
+    monkeypatch.setattr(head_screen, "COLUMNS_PER_SCREEN_PART", 1)
+    monkeypatch.setattr(head_screen, "CANDIDATES", 2)
+    case = Case(tmp_path, **CASES[name])
+    screen = make_screen(jnp.asarray(case.head))
+    nothing = Screen(rows=jnp.zeros_like(screen.rows))  # as if no logit could be above 0
+    plain, screened, misled = (
+        [result.accepted.tolist() for result in case.evaluate(anchors_per_chunk=16, screen=one)]
+        for one in (None, screen, nothing)
+    )
+    assert screened == plain
+    assert misled != plain
 
 
 @pytest.mark.parametrize(

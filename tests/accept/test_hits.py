@@ -7,24 +7,24 @@ import pytest
 
 from dflash_jax.accept import hits as hits_module
 from dflash_jax.accept.hits import _surely_wrong, add_open_rows, no_open_rows, settle_open_rows
-from dflash_jax.nn import greedy_tokens
+from dflash_jax.nn import greedy_tokens, make_screen
 
 VOCAB, HIDDEN = 61, 17
 
 
-def label_hits(hidden, labels, asked, *, head, rivals):
+def label_hits(hidden, labels, asked, *, head, rivals, screen=None):
     """Which labels are the argmax, of rows that wait for no others."""
     rows = len(hidden)
-    waiting = no_open_rows(rows, head=head, dtype=hidden.dtype)
+    waiting = no_open_rows(rows, head=head, dtype=hidden.dtype, screen=screen)
     places = jnp.arange(rows, dtype=jnp.int32)
     waiting = add_open_rows(waiting, hidden, labels, asked, places, head=head, rivals=rivals)
-    return settle_open_rows(waiting, jnp.zeros(rows, bool), head=head, all_=True)[1]
+    return settle_open_rows(waiting, jnp.zeros(rows, bool), head=head, all_=True, screen=screen)[1]
 
 
-def some_case(seed, *, rows):
+def some_case(seed, *, rows, vocab=VOCAB):
     """Labels that are the argmax, the second best, a twin of the argmax, and anything; rows of every kind."""
     draw = np.random.default_rng(seed)
-    head = draw.normal(0, 1, (VOCAB, HIDDEN)).astype(np.float32)
+    head = draw.normal(0, 1, (vocab, HIDDEN)).astype(np.float32)
     head[40] = head[11]  # twins: the lower id is the argmax
     head[12] = head[11] * np.float32(1 + 2**-22)  # one rounding away
     hidden = draw.normal(0, 1, (rows, HIDDEN)).astype(np.float32)
@@ -47,6 +47,26 @@ def test_a_hit_is_the_argmax(rows, rivals):
         hidden, labels, asked, head = some_case(seed, rows=rows)
         found.append(np.asarray(run(hidden, labels, asked, head)))
         wanted.append(np.asarray(asked & (greedy_tokens(hidden, head) == labels)))
+    assert np.concatenate(found).tolist() == np.concatenate(wanted).tolist()
+    assert rows == 1 or 0.1 < np.concatenate(wanted).mean() < 0.9
+
+
+@pytest.mark.parametrize("rows", [1, 37, 300])
+def test_a_hit_by_a_screen_is_the_argmax(rows):
+    """Twins and near twins among the labels: open rows, between those that the screen settles."""
+    found, wanted = [], []
+    run = jax.jit(
+        lambda hidden, labels, asked, head: label_hits(
+            hidden, labels, asked, head=head, rivals=head[9:12], screen=make_screen(head)
+        )
+    )
+    for seed in range(4):
+        hidden, labels, asked, head = some_case(seed, rows=rows, vocab=1280)
+        # the argmax of a row of NaN is 0
+        hidden, labels = hidden.at[5:7, 2].set(jnp.nan), labels.at[5:7].set(0)
+        hit = np.asarray(asked & (greedy_tokens(hidden, head) == labels)) & ~np.isnan(hidden).any(axis=1)
+        found.append(np.asarray(run(hidden, labels, asked, head)))
+        wanted.append(hit)
     assert np.concatenate(found).tolist() == np.concatenate(wanted).tolist()
     assert rows == 1 or 0.1 < np.concatenate(wanted).mean() < 0.9
 

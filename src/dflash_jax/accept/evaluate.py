@@ -205,7 +205,7 @@ def _evaluate_items(
         return waiting, hits, labelled_slots.at[number].set(labelled)
 
     every = (len(anchors), *slots)
-    waiting = no_open_rows(len(places), head=head, dtype=drafter.fc.weight.dtype)
+    waiting = no_open_rows(len(places), head=head, dtype=drafter.fc.weight.dtype, screen=screen)
     start = (waiting, jnp.zeros(math.prod(every), bool), jnp.zeros(every, bool))
     waiting, hits, labelled = lax.fori_loop(jnp.int32(0), num_items, evaluate, start)
     _, hits = settle_open_rows(waiting, hits, head=head, screen=screen, all_=True)

@@ -24,7 +24,7 @@ from dflash_jax.nn.head import (
     top_tokens,
 )
 from dflash_jax.nn.head_sample import Sample, draw_sample, named_tokens
-from dflash_jax.nn.head_screen import Screen, can_screen, make_screen, screened_tokens
+from dflash_jax.nn.head_screen import Screen, can_screen, make_screen
 from dflash_jax.nn.mlp import Linear, SwiGLU
 from dflash_jax.nn.moe import Experts, MoE, apply_experts
 from dflash_jax.nn.norm import RMSNorm
@@ -81,7 +81,6 @@ __all__ = [
     "sample_tokens",
     "scaling_to_json",
     "screen_pays",
-    "screened_tokens",
     "top_tokens",
     "write_first_rows",
     "write_rows",

@@ -25,8 +25,8 @@ ROWS_PER_BLOCK_ON_CPU = 256
 # From so many float32 rows on a CPU with fast 16-bit products makes a screen of the head first: it costs what half of
 # them save.
 ROWS_FOR_A_SCREEN = 2048
-# Rows that a screen leaves open meet the whole head so many at a time.
-OPEN_ROWS_PER_BLOCK = 64
+# Rows that a screen leaves open meet the whole head so many at a time: there are few.
+OPEN_ROWS_PER_BLOCK = 16
 # Columns whose maximum is looked for first, on a CPU: a maximum takes a ninth of the time that its place does there.
 COLUMNS_PER_PART = 128
 
@@ -124,8 +124,9 @@ def _greedy_by_screen(
     hidden: Float[Array, "row hidden"], head: Float[Array, "vocab hidden"], screen: Screen
 ) -> Int32[Array, " row"]:
     """`greedy_tokens`: the screen settles most rows, and the whole head the others."""
-    rows, block = hidden.shape[0], min(ROWS_PER_BLOCK_ON_CPU, max(1, DIRECT_LOGITS // head.shape[0]))
-    if rows <= min(block, size := OPEN_ROWS_PER_BLOCK):
+    rows, size = hidden.shape[0], OPEN_ROWS_PER_BLOCK
+    block = min(rows, ROWS_PER_BLOCK_ON_CPU, max(1, DIRECT_LOGITS // head.shape[0]))
+    if rows <= min(block, size):
         tokens, settled = screened_tokens(hidden, head, screen)
         # not a loop: XLA takes what is the same in each of its rounds out of it, and always does it
         return lax.cond(settled.all(), lambda: tokens, lambda: best_tokens(hidden, head)[1])
