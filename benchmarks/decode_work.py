@@ -260,5 +260,7 @@ def passes_made(states: list[DecodeState]) -> int:
 
 
 def weight_bytes(model: Target | Drafter) -> int:
-    """Bytes of a model's weights, a tied head once."""
+    """Bytes of a model's weights, a tied head once; a target's screen is none of them."""
+    if isinstance(model, Target):
+        model = replace(model, screen=None)
     return sum(leaf.nbytes for leaf in jax.tree_util.tree_leaves(model) if hasattr(leaf, "nbytes"))
