@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from dflash_jax.nn import greedy_tokens, make_screen
+from dflash_jax.nn import head as nn_head
 from dflash_jax.nn.head import OPEN_ROWS_PER_BLOCK, ROWS_PER_BLOCK_ON_CPU
 from dflash_jax.nn.head_screen import CANDIDATES, COLUMNS_PER_SCREEN_PART, bounded_rows, can_screen, screened_tokens
 from support.jaxprs import largest_array
@@ -30,6 +31,15 @@ def argmax64(hidden, head):
 def test_screened_tokens_are_the_argmax(rows):
     hidden, head = normal(0, rows, HIDDEN), normal(1, VOCAB, HIDDEN)
     np.testing.assert_array_equal(screened(hidden, head), argmax64(hidden, head))
+
+
+def test_a_vocabulary_of_which_few_rows_are_one_block(monkeypatch):
+    monkeypatch.setattr(nn_head, "DIRECT_LOGITS", 5 * VOCAB)
+    hidden, head = normal(0, OPEN_ROWS_PER_BLOCK - 3, HIDDEN), normal(1, VOCAB, HIDDEN)
+    head[1] = head[0]  # open rows too
+    hidden[::4] = head[0]
+    tokens = greedy_tokens(jnp.asarray(hidden), jnp.asarray(head), screen=make_screen(jnp.asarray(head)))
+    np.testing.assert_array_equal(tokens, argmax64(hidden, head))
 
 
 def test_a_bound_is_never_below_its_logit():

@@ -124,7 +124,8 @@ def _greedy_by_screen(
     hidden: Float[Array, "row hidden"], head: Float[Array, "vocab hidden"], screen: Screen
 ) -> Int32[Array, " row"]:
     """`greedy_tokens`: the screen settles most rows, and the whole head the others."""
-    rows, size = hidden.shape[0], OPEN_ROWS_PER_BLOCK
+    rows = hidden.shape[0]
+    size = min(rows, OPEN_ROWS_PER_BLOCK)
     block = min(rows, ROWS_PER_BLOCK_ON_CPU, max(1, DIRECT_LOGITS // head.shape[0]))
     if rows <= min(block, size):
         tokens, settled = screened_tokens(hidden, head, screen)
