@@ -97,7 +97,7 @@ CASES = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", ["two layers", "a draft vocabulary"])
+@pytest.mark.parametrize("name", [pytest.param("two layers", marks=pytest.mark.slow), "a draft vocabulary"])
 def test_a_screen_of_the_head_is_asked_and_changes_nothing(name, tmp_path, monkeypatch):
     monkeypatch.setattr(head_screen, "COLUMNS_PER_SCREEN_PART", 1)
     monkeypatch.setattr(head_screen, "CANDIDATES", 2)

@@ -51,7 +51,9 @@ def test_a_hit_is_the_argmax(rows, rivals):
     assert rows == 1 or 0.1 < np.concatenate(wanted).mean() < 0.9
 
 
-@pytest.mark.parametrize("rows", [1, 37, 300])
+@pytest.mark.parametrize(
+    "rows", [pytest.param(1, marks=pytest.mark.slow), 37, pytest.param(300, marks=pytest.mark.slow)]
+)
 def test_a_hit_by_a_screen_is_the_argmax(rows):
     """Twins and near twins among the labels: open rows, between those that the screen settles."""
     found, wanted = [], []

@@ -89,6 +89,7 @@ def sound(cache, drafter):
     return adds_up(run(cache, drafter))
 
 
+@pytest.mark.slow
 def test_every_block_is_equal_at_every_offset(sound):
     assert (sound["num_equal"], sound["differences"]) == (sound["num_blocks"], [])
     assert sound["causes"] == {}

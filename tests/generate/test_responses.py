@@ -200,6 +200,7 @@ def test_a_stop_token_is_one_token(target, tmp_path):
     assert not (tmp_path / "new").exists()
 
 
+@pytest.mark.slow
 def test_responses_in_bfloat16(whole, target, tmp_path):
     prompts, wanted, _ = whole
     settings = config(target, prompts, tmp_path / "out.jsonl", dtype="bfloat16")

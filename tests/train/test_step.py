@@ -192,6 +192,7 @@ def test_statistics_are_of_the_weights_before_the_update(two_steps):
 
 
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="it is XLA for CPUs that widens 16-bit tables")
+@pytest.mark.slow
 def test_a_bfloat16_step_widens_no_whole_table_to_take_rows_of_it(target, warm):
     config = some_config(anchors_per_sequence=4, dtype="bfloat16", sampled_vocab=16)
     ends = frozen_ends(target.embed_tokens, target.head, config)
