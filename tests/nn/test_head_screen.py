@@ -5,10 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dflash_jax.nn import greedy_tokens, make_screen
+from dflash_jax.nn import greedy_tokens, make_screen, on_one_cpu, screen_pays
 from dflash_jax.nn import head as nn_head
-from dflash_jax.nn.head import OPEN_ROWS_PER_BLOCK, ROWS_PER_BLOCK_ON_CPU
+from dflash_jax.nn.head import OPEN_ROWS_PER_BLOCK, ROWS_FOR_A_SCREEN, ROWS_PER_BLOCK_ON_CPU
 from dflash_jax.nn.head_screen import CANDIDATES, COLUMNS_PER_SCREEN_PART, bounded_rows, can_screen, screened_tokens
+from dflash_jax.nn.product import has_fast_16_bit_products
 from support.jaxprs import largest_array
 
 PARTS = CANDIDATES + 4
@@ -124,6 +125,16 @@ def test_many_rows_meet_the_screen_in_blocks():
     rows = 16 * ROWS_PER_BLOCK_ON_CPU
     most = largest_array(jax.make_jaxpr(screened)(shape((rows, HIDDEN)), shape((VOCAB, HIDDEN))))
     assert most == ROWS_PER_BLOCK_ON_CPU * VOCAB
+
+
+def test_many_rows_make_a_screen_of_their_own_where_one_pays():
+    hidden, head = normal(0, ROWS_FOR_A_SCREEN, HIDDEN), normal(1, VOCAB, HIDDEN)
+    np.testing.assert_array_equal(jax.jit(greedy_tokens)(hidden, head), argmax64(hidden, head))
+    pays = on_one_cpu() and has_fast_16_bit_products()  # as tests/nn/test_one_cpu.py runs this, on a CPU with AMX
+    assert screen_pays(jnp.dtype("float32"), jnp.asarray(head)) == pays
+    assert not screen_pays(jnp.dtype("bfloat16"), jnp.asarray(head))
+    for rows, made in ((ROWS_FOR_A_SCREEN, pays), (ROWS_FOR_A_SCREEN - 1, False)):
+        assert ("bf16" in str(jax.make_jaxpr(greedy_tokens)(*map(jnp.asarray, (hidden[:rows], head))))) == made
 
 
 def test_heads_that_no_screen_is_made_of():

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 TESTS = Path(__file__).parent.parent
-FILES = [f"nn/test_{name}.py" for name in ("product", "norm_mlp", "attention", "blocks", "head", "rope")]
+FILES = [f"nn/test_{name}.py" for name in ("product", "norm_mlp", "attention", "blocks", "head", "head_screen", "rope")]
 
 
 @pytest.mark.slow
