@@ -53,6 +53,8 @@ def can_screen(head: Float[Array, "vocab hidden"]) -> bool:
 def make_screen(head: Float[Array, "vocab hidden"]) -> Screen:
     """Return the screen of a float32 head: half its bytes.
 
+    Entries below 1e-16 count as 0 in the norms (their squares underflow): no trained head is all of such.
+
     Args:
         head: the vocabulary head, one row per token, float32.
     """
