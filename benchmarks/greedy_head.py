@@ -1,4 +1,4 @@
-"""The head's greedy tokens: all columns in float32, and by a screen of 16 bits, for a few rows and for many.
+"""The head's greedy tokens: all columns in float32, and by screens of 8 and 16 bits, for a few rows and for many.
 
 Hidden states are those of a target on real prompts. A few rows, as a decoding step has, meet a screen that is there
 already; many, as a prefill has, make their own, and its time counts. Where the two differ in a token, the exit status
@@ -6,7 +6,7 @@ is 1.
 
     .venv-dev/bin/python benchmarks/greedy_head.py --target TARGET > greedy_head.json
 
-A screen pays where 16-bit products are fast: on CPUs with AMX. Elsewhere this shows by how much it would not.
+Screens pay where products of 8 and 16 bits are fast: on CPUs with AMX. Elsewhere this shows by how much it would not.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from jaxtyping import Array, Float, Int32
 
 from common import Work, machine, paired_ratio, time_interleaved, write_result
 from dflash_jax.nn import Screen, best_tokens, greedy_tokens, make_screen
-from dflash_jax.nn.head_screen import screened_tokens
+from dflash_jax.nn.head_screens import FEW_ROWS_FOR_8_BITS, screened_tokens
 from dflash_jax.nn.product import has_fast_16_bit_products
 from dflash_jax.targets import Target, load_target, prefill
 from dflash_jax.text import encode_prompts, load_tokenizer
@@ -37,7 +37,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--target", type=Path, required=True, help="target folder, read in float32")
     parser.add_argument("--prompts", default="humaneval", help="a prompts file or a built-in set")
-    parser.add_argument("--rows", type=int, nargs="+", default=[2, 4, 8, 32, 64], help="of a decoding step")
+    parser.add_argument("--rows", type=int, nargs="+", default=[1, 2, 4, 8, 32, 64], help="of a decoding step")
     parser.add_argument("--many", type=int, default=4096, help="rows of a prefill")
     parser.add_argument("--rounds", type=int, default=9)
     return parser.parse_args()
@@ -71,6 +71,11 @@ def in_passes(tokens_of: Callable[..., Array], rows: int) -> Callable[..., Array
     return jax.jit(run)
 
 
+def screen_bytes(screen: Any) -> int:
+    """Of all its arrays."""
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(screen))
+
+
 def main() -> int:
     """Run it."""
     options = parse()
@@ -94,7 +99,10 @@ def main() -> int:
         for name, pair in runs.items()
     }
     settled = jax.jit(lambda rows: jax.lax.map(lambda some: screened_tokens(some, head, screen)[1], rows))
-    blocks = hidden[: len(hidden) // 64 * 64].reshape(-1, 64, hidden.shape[1])
+    open_rows = {
+        f"{bits} bits": 1 - float(settled(hidden[: len(hidden) // 64 * 64].reshape(-1, count, hidden.shape[1])).mean())
+        for bits, count in ((8, FEW_ROWS_FOR_8_BITS), (16, 2 * FEW_ROWS_FOR_8_BITS))
+    }
     work: dict[str, Work] = {
         f"{kind} {name}": lambda run=run: run(hidden, head, screen)
         for name, pair in runs.items()
@@ -108,8 +116,8 @@ def main() -> int:
         "vocab": head.shape[0],
         "hidden": head.shape[1],
         "head_bytes": head.nbytes,
-        "screen_bytes": screen.rows.nbytes,
-        "open_rows": 1 - float(settled(blocks).mean()),
+        "screen_bytes": {"8 bits": screen_bytes(screen.eight), "16 bits": screen_bytes(screen.sixteen)},
+        "open_rows": open_rows,
         "tokens_that_differ": differ,
         "rows": {},
     }

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ import pytest
 from dflash_jax.accept import AnchorChoice, evaluate_cache
 from dflash_jax.core import load_tensors, no_progress, read_json
 from dflash_jax.drafter import save_drafter, with_draft_vocabulary
-from dflash_jax.nn import Screen, head_screen, make_screen
+from dflash_jax.nn import head_screen8, head_screen16, make_screen
 from oracles import acceptance, blocks
 from support import tiny
 from support.memory_cache import MemoryCache, random_sequence
@@ -99,11 +100,13 @@ CASES = {
 
 @pytest.mark.parametrize("name", [pytest.param("two layers", marks=pytest.mark.slow), "a draft vocabulary"])
 def test_a_screen_of_the_head_is_asked_and_changes_nothing(name, tmp_path, monkeypatch):
-    monkeypatch.setattr(head_screen, "COLUMNS_PER_SCREEN_PART", 1)
-    monkeypatch.setattr(head_screen, "CANDIDATES", 2)
+    monkeypatch.setattr(head_screen16, "COLUMNS_PER_SCREEN_PART", 1)
+    monkeypatch.setattr(head_screen16, "CANDIDATES", 2)
+    monkeypatch.setattr(head_screen8, "COLUMNS_PER_PART8", 1)
+    monkeypatch.setattr(head_screen8, "PARTS_TRIED", 2)
     case = Case(tmp_path, **CASES[name])
     screen = make_screen(jnp.asarray(case.head))
-    nothing = Screen(rows=jnp.zeros_like(screen.rows))  # as if no logit could be above 0
+    nothing = jax.tree.map(jnp.zeros_like, screen)  # as if no logit could be above 0
     plain, screened, misled = (
         [result.accepted.tolist() for result in case.evaluate(anchors_per_chunk=16, screen=one)]
         for one in (None, screen, nothing)

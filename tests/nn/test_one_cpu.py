@@ -12,7 +12,9 @@ from pathlib import Path
 import pytest
 
 TESTS = Path(__file__).parent.parent
-FILES = [f"nn/test_{name}.py" for name in ("product", "norm_mlp", "attention", "blocks", "head", "head_screen", "rope")]
+FILES = [
+    f"nn/test_{name}.py" for name in ("product", "norm_mlp", "attention", "blocks", "head", "head_screens", "rope")
+]
 
 
 @pytest.mark.slow

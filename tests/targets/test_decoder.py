@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from dflash_jax.nn import head_screen8
 from dflash_jax.targets import KVCache, extend, load_target, next_ids, prefill, with_screen
 from dflash_jax.targets import decoder as decoder_module
 from support.jaxprs import float32_precisions
@@ -197,6 +198,7 @@ def test_a_smaller_length_takes_tokens_back(target):
 
 @pytest.mark.parametrize("pays", [True, False])
 def test_a_target_gets_a_screen_where_one_pays(monkeypatch, target, pays):
+    monkeypatch.setattr(head_screen8, "COLUMNS_PER_PART8", 1)  # its vocabulary is a prime
     monkeypatch.setattr(decoder_module, "screen_pays", lambda dtype, head: pays and dtype == head.dtype)
     with_one = with_screen(target)
     assert (with_one.screen is not None) == pays

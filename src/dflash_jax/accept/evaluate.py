@@ -34,7 +34,7 @@ from dflash_jax.drafter import (
     draft_in_context,
     draft_rows_of,
 )
-from dflash_jax.nn import Screen, can_screen
+from dflash_jax.nn import Screen, Screen16, can_screen
 
 MOST_RIVALS = 512
 RIVAL_SHARE = 1 / 16
@@ -178,9 +178,11 @@ def _evaluate_items(
     """
     texts, head = _project(drafter, sequences), draft_head(drafter, head)
     if screen is not None:
-        # half the time of the whole head, for rows of its own dtype
+        # less than half the time of the whole head, for rows of its own dtype
         fits = can_screen(head) and drafter.fc.weight.dtype == head.dtype
-        screen = Screen(rows=draft_head(drafter, screen.rows)) if fits else None
+        if drafter.draft_ids is not None:
+            screen = Screen(sixteen=Screen16(rows=draft_head(drafter, screen.sixteen.rows)))
+        screen = screen if fits else None
     rivals = head[rival_rows]
     draft = jax.vmap(partial(_draft_item, drafter, embed_tokens, block_size=block_size))
     slots = (*anchors.shape[1:], block_size - 1)

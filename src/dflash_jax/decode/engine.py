@@ -117,8 +117,8 @@ class Decoder:
         """Bind what all batches share; `stop_ids` may be empty.
 
         A `prompt_bucket` as wide as the longest prompt gives one shape for all. On a mesh the batch is filled up to
-        rows that it splits evenly. Where 16-bit products are fast a float32 target gets a screen of its head, half the
-        head's bytes; it changes no token.
+        rows that it splits evenly. Where 8- and 16-bit products are fast a float32 target gets a screen of its head,
+        three quarters of the head's bytes; it changes no token.
         """
         self._prompt_bucket = prompt_bucket
         self._target = with_screen(target)

@@ -24,7 +24,8 @@ from dflash_jax.nn.head import (
     top_tokens,
 )
 from dflash_jax.nn.head_sample import Sample, draw_sample, named_tokens
-from dflash_jax.nn.head_screen import Screen, can_screen, make_screen
+from dflash_jax.nn.head_screen16 import Screen16
+from dflash_jax.nn.head_screens import Screen, can_screen, make_screen
 from dflash_jax.nn.mlp import Linear, SwiGLU
 from dflash_jax.nn.moe import Experts, MoE, apply_experts
 from dflash_jax.nn.norm import RMSNorm
@@ -49,6 +50,7 @@ __all__ = [
     "RopeScaling",
     "Sample",
     "Screen",
+    "Screen16",
     "SwiGLU",
     "TopPart",
     "YarnScaling",

@@ -183,7 +183,7 @@ class Target(eqx.Module):
 def with_screen(target: Target) -> Target:
     """Return the target with a screen of its head where `next_ids` of a few rows is faster for it, else as it is.
 
-    A screen takes half the head's bytes, and pays where one target answers many times: in decoding.
+    A screen takes three quarters of the head's bytes, and pays where one target answers many times: in decoding.
     """
     if target.screen is not None or target.mesh is not None or not screen_pays(target.head.dtype, target.head):
         return target

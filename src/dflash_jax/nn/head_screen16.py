@@ -19,7 +19,7 @@ COLUMNS_PER_SCREEN_PART = 128
 CANDIDATES = 8
 
 
-class Screen(eqx.Module):
+class Screen16(eqx.Module):
     """A head rounded to 16 bits, and what the rounding can hide.
 
     Attributes:
@@ -44,14 +44,14 @@ def _rounded(x: Float[Array, "*some"]) -> Float[Array, "*some"]:
     return lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7)
 
 
-def can_screen(head: Float[Array, "vocab hidden"]) -> bool:
-    """Whether a head has a shape that `make_screen` and `screened_tokens` take."""
+def can_screen16(head: Float[Array, "vocab hidden"]) -> bool:
+    """Whether a head has a shape that `make_screen16` takes."""
     vocab = head.shape[0]
     return vocab % COLUMNS_PER_SCREEN_PART == 0 and vocab // COLUMNS_PER_SCREEN_PART > CANDIDATES
 
 
-def make_screen(head: Float[Array, "vocab hidden"]) -> Screen:
-    """Return the screen of a float32 head: half its bytes.
+def make_screen16(head: Float[Array, "vocab hidden"]) -> Screen16:
+    """Return the 16-bit screen of a float32 head: half its bytes.
 
     Entries below 1e-16 count as 0 in the norms (their squares underflow): no trained head is all of such.
 
@@ -64,7 +64,7 @@ def make_screen(head: Float[Array, "vocab hidden"]) -> Screen:
     # most; the eight cover the two columns of bounds and that the norms are those of rounded rows.
     sums = (head.shape[1] + 8) * 2.0**-23 * norm
     bounds = _above(jnp.stack([_norms(head - low) + sums, norm], axis=-1))
-    return Screen(rows=jnp.concatenate([low.astype(jnp.bfloat16), bounds], axis=-1))
+    return Screen16(rows=jnp.concatenate([low.astype(jnp.bfloat16), bounds], axis=-1))
 
 
 def bounded_rows(hidden: Float[Array, "row hidden"]) -> BFloat16[Array, "row bounded"]:
@@ -78,8 +78,8 @@ def bounded_rows(hidden: Float[Array, "row hidden"]) -> BFloat16[Array, "row bou
     return jnp.concatenate([low.astype(jnp.bfloat16), bounds], axis=-1)
 
 
-def screened_tokens(
-    hidden: Float[Array, "row hidden"], head: Float[Array, "vocab hidden"], screen: Screen
+def screened_tokens16(
+    hidden: Float[Array, "row hidden"], head: Float[Array, "vocab hidden"], screen: Screen16
 ) -> tuple[Int32[Array, " row"], Bool[Array, " row"]]:
     """Return `greedy_tokens` of every row where a few candidates settle them, and whether they do.
 
