@@ -83,18 +83,23 @@ def test_prompts_at_offsets_of_their_own(decoder, drafter, prompts):
 @pytest.mark.slow
 @pytest.mark.parametrize("batch_size", [1, 3, 6])
 @pytest.mark.parametrize("sampling", [None, Sampling(temperature=0.9, top_p=0.95, seed=3)], ids=["greedy", "sampled"])
-def test_a_queue_gives_every_prompt_the_tokens_that_it_has_alone(target, prompts, batch_size, sampling):
-    """More prompts than rows; texts that end by a stop id, by the budget and at once."""
+@pytest.mark.parametrize("block_size", [None, 3], ids=["plainly", "with a drafter"])
+def test_a_queue_gives_every_prompt_the_tokens_that_it_has_alone(
+    target, drafter, prompts, batch_size, sampling, block_size
+):
+    """More prompts than rows; texts that end by a stop id, by the budget and at once; blocks are those of `decode`."""
+    how = {} if block_size is None else {"drafter": drafter, "block_size": block_size}
     decoder = Decoder(target, stop_ids=[tiny.STOP_ID], max_new_tokens=MAX_NEW, batch_size=batch_size)
     many = [*prompts, *(prompt[:2] for prompt in prompts[:5])]
     streams = [7 * place + 1 for place in range(len(many))]
-    parts = list(decoder.queue(many, sampling=sampling, streams=streams))
+    parts = list(decoder.queue(many, sampling=sampling, streams=streams, **how))
     found = dict(pair for part in parts for pair in part)
     assert sorted(place for part in parts for place, _ in part) == list(range(len(many)))
     alone = Decoder(target, stop_ids=[tiny.STOP_ID], max_new_tokens=MAX_NEW, batch_size=1)
     for place, prompt in enumerate(many):
         told = {"sampling": sampling, "streams": streams[place : place + 1]}
-        assert found[place] == alone.decode([prompt], **told).rows[0], place
+        assert found[place] == alone.decode([prompt], **told, **how).rows[0], place
+        assert found[place].tokens == alone.decode([prompt], **told).rows[0].tokens, place
     assert {row.stopped for row in found.values()} == {True, False}
 
 

@@ -1,12 +1,14 @@
 import json
 import shutil
 from collections import Counter
+from dataclasses import replace
 
 import jax.numpy as jnp
 import pytest
 
 from dflash_jax.core import InputError
 from dflash_jax.decode import Decoder
+from dflash_jax.drafter import drafter_fingerprint
 from dflash_jax.generate import ResponsesConfig, generate_responses
 from dflash_jax.targets import load_target
 from dflash_jax.text import load_tokenizer
@@ -270,3 +272,59 @@ def test_a_damaged_target_leaves_no_file(tmp_path, target):
     with pytest.raises(InputError, match="truncated or damaged"):
         generate_responses(config(damaged, prompts, tmp_path / "new" / "out.jsonl"))
     assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("sampled", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_a_drafter_changes_no_response(whole, target, drafter, tmp_path, sampled):
+    prompts, out, result = whole
+    assert result["tau_micro"] is None
+    how = {"temperature": 0.9, "sample_seed": 3} if sampled else {}
+    if sampled:
+        out = tmp_path / "plainly.jsonl"
+        generate_responses(config(target, prompts, out, **how))
+    settings = config(target, prompts, tmp_path / "out.jsonl", drafter=drafter, block_size=3, **how)
+    result = generate_responses(settings)
+    assert settings.out.read_bytes() == out.read_bytes()
+    assert 1.1 < result["tau_micro"] <= 3
+    record = json.loads((tmp_path / "out.jsonl.record.json").read_text())
+    assert record["drafter_sha256"] == drafter_fingerprint(drafter)
+    assert record["config"]["block_size"] == 3
+
+
+def test_in_float32_a_file_goes_on_with_a_drafter_or_without_and_in_bfloat16_with_the_same(
+    whole, target, drafter, tmp_path
+):
+    prompts, out, _ = whole
+
+    def stop(settings):
+        def progress(*_):
+            raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            generate_responses(settings, progress=progress)
+
+    plain = config(target, prompts, tmp_path / "out.jsonl")
+    stop(plain)
+    generate_responses(replace(plain, drafter=drafter))
+    assert plain.out.read_bytes() == out.read_bytes()
+    low = config(target, prompts, tmp_path / "low.jsonl", dtype="bfloat16", drafter=drafter, block_size=3)
+    stop(low)
+    with pytest.raises(InputError, match="was begun with other settings .*block_size was 3, now 2"):
+        generate_responses(replace(low, block_size=2))
+
+
+def test_drafters_and_blocks_that_cannot_be(target, drafter, prompts, tmp_path):
+    out = tmp_path / "out.jsonl"
+    with pytest.raises(InputError, match="--block-size 4 without --drafter: plain decoding has no blocks"):
+        config(target, prompts, out, block_size=4)
+    with pytest.raises(InputError, match="--block-size is 1: at least 2 are needed"):
+        config(target, prompts, out, drafter=drafter, block_size=1)
+    with pytest.raises(InputError, match="--block-size is 9: the drafter was trained for blocks of 5"):
+        generate_responses(config(target, prompts, out, drafter=drafter, block_size=9))
+    misfit = tmp_path / "misfit"
+    shutil.copytree(drafter, misfit)
+    values = json.loads((misfit / "config.json").read_text())
+    (misfit / "config.json").write_text(json.dumps(values | {"num_target_layers": 77}))
+    with pytest.raises(InputError, match="does not fit the target: num_target_layers is 77"):
+        generate_responses(config(target, prompts, out, drafter=misfit))
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith("out")] == []

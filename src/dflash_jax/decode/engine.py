@@ -19,6 +19,7 @@ from dflash_jax.decode.loop import (
     plain_until,
     speculative_blocks,
     speculative_loop,
+    speculative_until,
     start_decoding,
 )
 from dflash_jax.decode.sampler import Sampler, Sampling
@@ -34,6 +35,7 @@ _start = jax.jit(start_decoding, static_argnames=("capacity", "max_new_tokens"))
 _plain = jax.jit(plain_loop, donate_argnames=("state",))
 _speculative = jax.jit(speculative_loop, static_argnames=("block_size",), donate_argnames=("state",))
 _until = jax.jit(plain_until, donate_argnames=("state",))
+_speculative_until = jax.jit(speculative_until, static_argnames=("block_size",), donate_argnames=("state",))
 _idle = jax.jit(idle_rows, static_argnames=("rows", "mesh"))
 _place = jax.jit(place_rows, static_argnames=("mesh",), donate_argnames=("state",))
 _plain_blocks = jax.jit(plain_blocks, donate_argnames=("state",))
@@ -182,10 +184,12 @@ class Decoder:
         self,
         prompts: Sequence[Sequence[int]],
         *,
+        drafter: Drafter | None = None,
+        block_size: int | None = None,
         sampling: Sampling | None = None,
         streams: Sequence[int] | None = None,
     ) -> Iterator[list[tuple[int, Decoded]]]:
-        """Decode any number of prompts plainly, to the tokens of `decode`, and give them as they end.
+        """Decode any number of prompts, to the tokens of `decode`, and give them as they end.
 
         Rows that are done take the next prompts, in the order given, as soon as a quarter of the batch is: a batch does
         not wait for its longest text. All prompts are padded to the longest one's bucket, so a queue should be of
@@ -194,6 +198,8 @@ class Decoder:
 
         Args:
             prompts: see `decode`.
+            drafter: see `decode`.
+            block_size: see `decode`.
             sampling: see `decode`.
             streams: see `decode`; by default a prompt's place among all of them.
 
@@ -205,6 +211,12 @@ class Decoder:
         longest = max(map(len, prompts))
         numbers = list(range(len(prompts)) if streams is None else streams)
         on = {"mesh": self._target.mesh}
+        block_size = 1 if drafter is None else block_size or drafter.config.block_size
+        if drafter is None:
+            until, models, static = _until, {"target": self._target}, {}
+        else:
+            until, models = _speculative_until, {"target": self._target, "drafter": drafter}
+            static = {"block_size": block_size}
         waiting, free, owners = 0, list(range(size)), dict[int, int]()
         state: DecodeState | None = None
         while waiting < len(prompts) or owners:
@@ -212,8 +224,8 @@ class Decoder:
                 taken = range(waiting, min(waiting + part, len(prompts)))
                 chosen = [prompts[place] for place in taken]
                 some = [numbers[place] for place in taken]
-                inputs, _ = self._inputs(chosen, 1, 0, sampling, some, rows=part, longest=longest)
-                new, _ = self._start(inputs, None)
+                inputs, _ = self._inputs(chosen, block_size, 0, sampling, some, rows=part, longest=longest)
+                new, _ = self._start(inputs, drafter)
                 if state is None:
                     state = self._executable(_idle, {"state": new}, {"rows": size} | on)(state=new)
                 rows, free = free[:part], free[part:]
@@ -224,8 +236,8 @@ class Decoder:
                 waiting += len(taken)
             assert state is not None
             enough = jnp.int32(min(len(free) + part, size))
-            told = {"target": self._target, "state": state, "enough": enough}
-            now: DecodeState = self._executable(_until, told, {})(**told)
+            told = models | {"state": state, "enough": enough}
+            now: DecodeState = self._executable(until, told, static)(**told)
             state, found = now, _fetch(_shown(now))
             ended = [row for row in owners if found.done[row]]
             lengths = np.zeros(size, np.int32)

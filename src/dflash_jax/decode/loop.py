@@ -279,6 +279,14 @@ def plain_until(target: Target, state: DecodeState, enough: Int32[Array, ""]) ->
     return _pinned(found, target.mesh)
 
 
+def speculative_until(
+    target: Target, drafter: Drafter, state: DecodeState, enough: Int32[Array, ""], *, block_size: int
+) -> DecodeState:
+    """`plain_until`, a block of every sequence at a time."""
+    step = lambda s: speculative_step(target, drafter, s, block_size=block_size)
+    return _pinned(lax.while_loop(lambda s: s.done.sum() < enough, step, state), target.mesh)
+
+
 def idle_rows(state: DecodeState, *, rows: int, mesh: Mesh | None) -> DecodeState:
     """Return a state of so many rows, all of them done and empty, with the capacity and settings of a given state."""
     blank = lambda leaf: jnp.zeros((rows, *leaf.shape[1:]), leaf.dtype)

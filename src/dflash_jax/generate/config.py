@@ -14,6 +14,11 @@ def _positive(name: str, value: int) -> None:
         raise InputError(f"--{name} is {value}: a positive number is needed")
 
 
+def _at_least_two(block_size: int | None) -> None:
+    if block_size is not None and block_size < 2:
+        raise InputError(f"--block-size is {block_size}: at least 2 are needed (the anchor and one drafted token)")
+
+
 def _sampling(config: "ResponsesConfig | DecodeConfig") -> Sampling | None:
     """The sampling that a command's flags ask for; None: greedy.
 
@@ -43,6 +48,10 @@ class ResponsesConfig:
     """Most tokens generated for a prompt, the stop token included."""
     batch_size: int = 32
     """Prompts decoded side by side."""
+    drafter: Path | None = None
+    """Decode speculatively with this drafter: the same responses, sooner where it pays."""
+    block_size: int | None = None
+    """With --drafter: positions per block, at most the trained size; default: the trained size."""
     temperature: float = 0.0
     """Sample at this temperature; 0 is greedy."""
     top_k: int | None = None
@@ -73,6 +82,9 @@ class ResponsesConfig:
         _sampling(self)
         if self.limit is not None:
             _positive("limit", self.limit)
+        if self.block_size is not None and self.drafter is None:
+            raise InputError(f"--block-size {self.block_size} without --drafter: plain decoding has no blocks")
+        _at_least_two(self.block_size)
 
     @property
     def sampling(self) -> Sampling | None:
@@ -134,10 +146,7 @@ class DecodeConfig:
         check_rope_precision(self.rope)
         if self.limit is not None:
             _positive("limit", self.limit)
-        if self.block_size is not None and self.block_size < 2:
-            raise InputError(
-                f"--block-size is {self.block_size}: at least 2 are needed (the anchor and one drafted token)"
-            )
+        _at_least_two(self.block_size)
         _sampling(self)
         if self.stream and self.batch_size > 1:
             raise InputError(f"--stream shows one text at a time: leave out --batch-size {self.batch_size}")

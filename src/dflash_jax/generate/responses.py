@@ -10,6 +10,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
+from dflash_jax.accept import check_block_size, check_fit
 from dflash_jax.core import (
     InputError,
     Move,
@@ -22,9 +23,18 @@ from dflash_jax.core import (
     write_json,
 )
 from dflash_jax.decode import PROMPT_BUCKET, Decoded, Decoder
+from dflash_jax.drafter import drafter_fingerprint, load_drafter, read_drafter_config
 from dflash_jax.generate.config import ResponsesConfig
 from dflash_jax.generate.prompts import EncodedPrompt, encode_prompts, sample_stream
-from dflash_jax.targets import fingerprint, load_target, open_mesh, read_target_config, whole_axes
+from dflash_jax.targets import (
+    TargetConfig,
+    fingerprint,
+    load_target,
+    open_mesh,
+    put_whole,
+    read_target_config,
+    whole_axes,
+)
 from dflash_jax.text import Tokenizer, load_tokenizer
 
 
@@ -105,31 +115,26 @@ def _append(path: Path, rows: list[dict[str, Any]]) -> None:
         os.fsync(file.fileno())
 
 
-def generate_responses(config: ResponsesConfig, *, progress: Move = no_progress) -> dict[str, Any]:
-    """Write the target's response to every prompt, greedy or sampled, in the prompts' order, and a record beside them.
-
-    Finished texts are kept in `OUT.partial`, so the same command goes on where a killed one stopped.
-
-    Returns:
-        `responses`, `num_prompts`, `num_tokens` (new ones, this run's), `tokens_per_s`, `seconds`, `finish` counts,
-        `mesh`, `whole_axes` (what the mesh cannot split, and why), `sampling` (None: greedy).
+def _check_drafter(config: ResponsesConfig, target: TargetConfig) -> str | None:
+    """The fingerprint of the drafter, where there is one; it is looked at before the work.
 
     Raises:
-        InputError: bad target, prompts, stop tokens or mesh; an output that exists; a partial file begun with other
-            settings.
+        InputError: it does not go with the target, or not with blocks of this size.
     """
-    if config.out.exists():
-        raise InputError(f"{config.out} exists already: choose another --out or remove it")
-    started = time.perf_counter()
-    require_one_process("responses")
-    target_config = read_target_config(config.target)
-    mesh = open_mesh(target_config, config.mesh)
-    tokenizer = load_tokenizer(config.target)
-    prompts = encode_prompts(config.prompts, tokenizer, target_config, limit=config.limit, seed=config.seed)
-    stop_ids = (*tokenizer.stop_ids, *_ids_of(config.stop_tokens, tokenizer))
-    target_fingerprint = fingerprint(config.target) | tokenizer.fingerprint()
+    if config.drafter is None:
+        return None
+    drafter_config = read_drafter_config(config.drafter)
+    check_fit(drafter_config, target, where=config.drafter)
+    check_block_size(config.block_size, drafter_config)
+    return drafter_fingerprint(config.drafter)
+
+
+def _settings(
+    config: ResponsesConfig, prompts: Sequence[EncodedPrompt], *, target_sha256: str, drafter_sha256: str | None
+) -> dict[str, Any]:
+    """What a partial file is bound to."""
     settings = {
-        "target": sha256_json(target_fingerprint),
+        "target": target_sha256,
         "prompts": sha256_json([[item.prompt.id, item.ids] for item in prompts]),
         "max_new_tokens": config.max_new_tokens,
         "rope": config.rope,
@@ -139,10 +144,44 @@ def generate_responses(config: ResponsesConfig, *, progress: Move = no_progress)
         "dtype": None if config.dtype == "float32" else config.dtype,
         "stop_tokens": list(config.stop_tokens) or None,
     }
+    if config.dtype != "float32" and drafter_sha256 is not None:  # a near tie may go another way in a block
+        settings |= {"drafter_sha256": drafter_sha256, "block_size": config.block_size}
+    return settings
+
+
+def generate_responses(config: ResponsesConfig, *, progress: Move = no_progress) -> dict[str, Any]:
+    """Write the target's response to every prompt, greedy or sampled, in the prompts' order, and a record beside them.
+
+    Finished texts are kept in `OUT.partial`, so the same command goes on where a killed one stopped. In float32 a
+    drafter is none of the settings that a file is bound to: it changes no token.
+
+    Returns:
+        `responses`, `num_prompts`, `num_tokens` (new ones, this run's), `tokens_per_s`, `seconds`, `finish` counts,
+        `mesh`, `whole_axes` (what the mesh cannot split, and why), `sampling` (None: greedy), `tau_micro` (tokens
+        committed per target pass of this run, pooled over blocks; None without a drafter).
+
+    Raises:
+        InputError: bad target, prompts, stop tokens or mesh; a drafter that does not fit, a block size that it was not
+            trained for; an output that exists; a partial file begun with other settings.
+    """
+    if config.out.exists():
+        raise InputError(f"{config.out} exists already: choose another --out or remove it")
+    started = time.perf_counter()
+    require_one_process("responses")
+    target_config = read_target_config(config.target)
+    drafter_sha256 = _check_drafter(config, target_config)
+    mesh = open_mesh(target_config, config.mesh)
+    tokenizer = load_tokenizer(config.target)
+    prompts = encode_prompts(config.prompts, tokenizer, target_config, limit=config.limit, seed=config.seed)
+    stop_ids = (*tokenizer.stop_ids, *_ids_of(config.stop_tokens, tokenizer))
+    target_fingerprint = fingerprint(config.target) | tokenizer.fingerprint()
+    settings = _settings(config, prompts, target_sha256=sha256_json(target_fingerprint), drafter_sha256=drafter_sha256)
     partial = _partial_path(config.out)
     done = _read_partial(partial, settings)
     # before the partial file: a damaged target leaves none behind
-    target = load_target(config.target, rope=config.rope, dtype=jnp.dtype(config.dtype), mesh=mesh)
+    dtype = jnp.dtype(config.dtype)
+    target = load_target(config.target, rope=config.rope, dtype=dtype, mesh=mesh)
+    drafter = None if config.drafter is None else put_whole(mesh, load_drafter(config.drafter, dtype=dtype))
     if not done:
         config.out.parent.mkdir(parents=True, exist_ok=True)
         partial.unlink(missing_ok=True)
@@ -154,17 +193,24 @@ def generate_responses(config: ResponsesConfig, *, progress: Move = no_progress)
         max_new_tokens=config.max_new_tokens,
         batch_size=min(config.batch_size, max(1, len(todo))),
     )
-    num_tokens = 0
+    num_tokens, committed = 0, list[int]()
+    how: dict[str, Any] = {"sampling": config.sampling, "drafter": drafter, "block_size": config.block_size}
     for queue in _queues(todo, batch_size=config.batch_size):
         streams = [sample_stream(item.prompt.id) for item in queue]
-        for ended in decoder.queue([item.ids for item in queue], sampling=config.sampling, streams=streams):
+        for ended in decoder.queue([item.ids for item in queue], streams=streams, **how):
+            committed += [tokens for _, outcome in ended for tokens in outcome.committed]
             rows = [_row(queue[place], outcome, tokenizer) for place, outcome in ended]
             _append(partial, rows)
             done |= {row["id"]: row for row in rows}
             num_tokens += sum(len(row["response_ids"]) for row in rows)
             progress(len(done), len(prompts), f"{num_tokens / (time.perf_counter() - started):.0f} tokens/s")
     record = make_record(
-        "responses", config, seed=config.seed, fingerprint=target_fingerprint, sampling=settings["sampling"]
+        "responses",
+        config,
+        seed=config.seed,
+        fingerprint=target_fingerprint,
+        sampling=settings["sampling"],
+        drafter_sha256=drafter_sha256,
     )
     write_json(config.out.with_name(config.out.name + ".record.json"), record)
     with atomic_file(config.out) as temporary:
@@ -172,15 +218,17 @@ def generate_responses(config: ResponsesConfig, *, progress: Move = no_progress)
         temporary.write_text("".join(lines), encoding="utf-8")
     partial.unlink()
     seconds = time.perf_counter() - started
-    finishes = [done[item.prompt.id]["finish"] for item in prompts]
     return {
         "responses": str(config.out),
         "num_prompts": len(prompts),
         "num_tokens": num_tokens,
         "tokens_per_s": num_tokens / seconds,
         "seconds": seconds,
-        "finish": {kind: finishes.count(kind) for kind in ("stop", "length")},
+        "finish": {
+            kind: sum(done[item.prompt.id]["finish"] == kind for item in prompts) for kind in ("stop", "length")
+        },
         "mesh": str(mesh_shape(mesh)),
         "whole_axes": whole_axes(target_config, mesh_shape(mesh)),
         "sampling": settings["sampling"],
+        "tau_micro": sum(committed) / len(committed) if committed and drafter is not None else None,
     }
