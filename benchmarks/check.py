@@ -132,7 +132,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     texts = on_device(cache, width=width, max_positions=target.config.max_positions)
     choice = AnchorChoice(kind="random", number=options.anchors_per_sequence)
     begin = time.perf_counter()
-    screen = jax.block_until_ready(with_screen(target).screen)
+    screen = jax.block_until_ready(with_screen(target, for_few_rows=False).screen)
     screen_s = time.perf_counter() - begin
 
     def check() -> list[SequenceResult]:

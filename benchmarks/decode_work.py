@@ -23,7 +23,7 @@ from dflash_jax.decode import (
     verify,
 )
 from dflash_jax.drafter import Drafter
-from dflash_jax.nn import greedy_tokens
+from dflash_jax.nn import Screen, greedy_tokens
 from dflash_jax.targets import Target
 
 KINDS = ("t_plain", "t_draft", "t_verify", "t_head")
@@ -134,12 +134,16 @@ def verify_passes(
 
 @partial(jax.jit, static_argnames=("passes",))
 def head_passes(
-    head: Float[Array, "draft_vocab hidden"], hidden: Float[Array, "batch drafted hidden"], *, passes: int
+    head: Float[Array, "draft_vocab hidden"],
+    hidden: Float[Array, "batch drafted hidden"],
+    screen: Screen | None,
+    *,
+    passes: int,
 ) -> Float[Array, "batch drafted hidden"]:
     """Find the best rows of the head for drafted slots, the head alone: a part of a draft."""
 
     def one(_: Array, rows: Float[Array, "batch drafted hidden"]) -> Float[Array, "batch drafted hidden"]:
-        return rows.at[..., 0].add(greedy_tokens(rows, head).astype(rows.dtype))
+        return rows.at[..., 0].add(greedy_tokens(rows, head, screen=screen).astype(rows.dtype))
 
     return lax.fori_loop(0, passes, one, hidden)
 
@@ -227,8 +231,11 @@ class Runs:
         """`passes` passes of one of `KINDS` on the first batch, after its prompts."""
         state = self._prompts_done
         if kind == "t_head":
-            head = self.target.head if state.draft_head is None else state.draft_head
-            return head_passes(head, self.target.embed_tokens[state.tokens[:, 1 : self.block_size]], passes=self.passes)
+            head, screen = self.target.head, self.target.screen
+            if state.draft_head is not None:
+                head, screen = state.draft_head, None
+            hidden = self.target.embed_tokens[state.tokens[:, 1 : self.block_size]]
+            return head_passes(head, hidden, screen, passes=self.passes)
         if kind == "t_plain":
             return plain_passes(self.target, state, passes=self.passes)
         run = draft_passes if kind == "t_draft" else verify_passes

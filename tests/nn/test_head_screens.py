@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dflash_jax.nn import Screen, greedy_tokens, head_screens, make_screen, on_one_cpu, screen_pays
+from dflash_jax.nn import greedy_tokens, head_screens, make_screen, on_one_cpu, screen_pays
 from dflash_jax.nn import head as nn_head
 from dflash_jax.nn.head import OPEN_ROWS_PER_BLOCK, ROWS_FOR_A_SCREEN, ROWS_PER_BLOCK_ON_CPU
 from dflash_jax.nn.head_screen8 import (
@@ -37,7 +37,7 @@ VOCAB = PARTS * COLUMNS_PER_SCREEN_PART
 HIDDEN = 48
 
 MAKE = {
-    "16 bits": lambda head: Screen(sixteen=make_screen16(head)),
+    "16 bits": lambda head: make_screen(head, for_few_rows=False),
     "8 bits": make_screen,
 }
 SCREENED = {

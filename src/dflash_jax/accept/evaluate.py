@@ -178,9 +178,9 @@ def _evaluate_items(
     """
     texts, head = _project(drafter, sequences), draft_head(drafter, head)
     if screen is not None:
-        # less than half the time of the whole head, for rows of its own dtype
+        # half the time of the whole head, for rows of its own dtype
         fits = can_screen(head) and drafter.fc.weight.dtype == head.dtype
-        if drafter.draft_ids is not None:
+        if fits and drafter.draft_ids is not None:
             screen = Screen(sixteen=Screen16(rows=draft_head(drafter, screen.sixteen.rows)))
         screen = screen if fits else None
     rivals = head[rival_rows]

@@ -165,7 +165,8 @@ def _comparison(pairs: list[_Pair], results: list[list[SequenceResult]], config:
 def _evaluate(config: CheckConfig, pairs: list[_Pair], progress: Move) -> list[list[SequenceResult]]:
     """Per-anchor results of every pair; the target is loaded once, a drafter once for all its caches."""
     # blocks are drafted from what the cache holds: of the target its two ends are needed, and no layer
-    target, results = targets.with_screen(targets.load_target(config.target, layers=())), []
+    target = targets.with_screen(targets.load_target(config.target, layers=()), for_few_rows=False)
+    results = []
     for path, own in groupby(pairs, key=lambda pair: pair.drafter.path):
         drafter = load_drafter(path)
         for pair in own:

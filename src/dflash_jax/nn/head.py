@@ -12,8 +12,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int32, PRNGKeyArray
 
 from dflash_jax.nn.head_sample import Sample, draw_sample, named_tokens
-from dflash_jax.nn.head_screen16 import make_screen16
-from dflash_jax.nn.head_screens import Screen, can_screen, screened_tokens
+from dflash_jax.nn.head_screens import Screen, can_screen, make_screen, screened_tokens
 from dflash_jax.nn.product import has_fast_16_bit_products, on_one_cpu, product, rows_product
 
 VOCAB_CHUNK = 8192
@@ -110,7 +109,7 @@ def greedy_tokens(
     """
     rows = hidden.size // hidden.shape[-1]
     if screen is None and rows >= ROWS_FOR_A_SCREEN and screen_pays(hidden.dtype, head):
-        screen = Screen(sixteen=make_screen16(head))
+        screen = make_screen(head, for_few_rows=False)
     if screen is None or (rows == 1 and screen.eight is None):  # a matrix-vector product is as fast as 16 bits
         return best_tokens(hidden, head)[1]
     return _greedy_by_screen(hidden.reshape(rows, -1), head, screen).reshape(hidden.shape[:-1])

@@ -28,13 +28,14 @@ def can_screen(head: Float[Array, "vocab hidden"]) -> bool:
     return can_screen16(head) and can_screen8(head)
 
 
-def make_screen(head: Float[Array, "vocab hidden"]) -> Screen:
-    """Return the screens of a float32 head: three quarters of its bytes.
+def make_screen(head: Float[Array, "vocab hidden"], *, for_few_rows: bool = True) -> Screen:
+    """Return the screens of a float32 head: three quarters of its bytes, or half of them.
 
     Args:
         head: the vocabulary head, one row per token, float32.
+        for_few_rows: whether few rows are asked for often enough to have 8 bits of their own.
     """
-    return Screen(sixteen=make_screen16(head), eight=make_screen8(head))
+    return Screen(sixteen=make_screen16(head), eight=make_screen8(head) if for_few_rows else None)
 
 
 def screened_tokens(

@@ -180,14 +180,21 @@ class Target(eqx.Module):
         return self.embed_tokens if self.lm_head is None else self.lm_head
 
 
-def with_screen(target: Target) -> Target:
-    """Return the target with a screen of its head where `next_ids` of a few rows is faster for it, else as it is.
+_make_screen = jax.jit(make_screen, static_argnames=("for_few_rows",))
+
+
+def with_screen(target: Target, *, for_few_rows: bool = True) -> Target:
+    """Return the target with a screen of its head where `next_ids` is faster for it, else as it is.
 
     A screen takes three quarters of the head's bytes, and pays where one target answers many times: in decoding.
+
+    Args:
+        target: the model.
+        for_few_rows: whether few rows are asked for often, as in decoding; else a screen takes half the head's bytes.
     """
     if target.screen is not None or target.mesh is not None or not screen_pays(target.head.dtype, target.head):
         return target
-    return replace(target, screen=jax.jit(make_screen)(target.head))
+    return replace(target, screen=_make_screen(target.head, for_few_rows=for_few_rows))
 
 
 def empty_kv(target: Target, *, capacity: int, position_offset: Int32[Array, " batch"]) -> KVCache:
