@@ -104,6 +104,16 @@ def test_a_queue_gives_every_prompt_the_tokens_that_it_has_alone(
 
 
 @pytest.mark.slow
+def test_a_queue_has_room_for_its_last_block(target, drafter):
+    """A prompt as wide as its bucket and a budget that ends a row before 64 more: the last block lies across them."""
+    prompt = np.random.default_rng(3).integers(4, len(tiny.TOKENS), 64).tolist()
+    decoder = Decoder(target, stop_ids=[], max_new_tokens=62, batch_size=1)
+    (((_, queued),),) = decoder.queue([prompt], drafter=drafter)
+    assert queued == decoder.decode([prompt], drafter=drafter).rows[0]
+    assert queued.tokens == decoder.decode([prompt]).rows[0].tokens
+
+
+@pytest.mark.slow
 def test_a_queue_does_not_wait_for_its_longest_text(target, prompts, monkeypatch):
     """Three rows, one of which is long: the others go on with further prompts beside it."""
     decoder = Decoder(target, stop_ids=[tiny.STOP_ID], max_new_tokens=MAX_NEW, batch_size=3)

@@ -149,6 +149,19 @@ def test_a_bound_of_8_bits_is_never_below_its_logit(which):
     assert ((bounds - logits) <= 1.2 * balance.max() / balance.min() * most + 1e-6).all()
 
 
+def test_of_columns_with_one_bound_the_one_with_the_largest_error_counts():
+    """Every other column has none; all entries are of one size in hidden states, and none is large."""
+    hidden = 128
+    values = np.random.default_rng(1).integers(-20, 20, size=hidden).astype(np.float32)
+    values[0] = 127
+    rows = np.stack([values, np.where(np.arange(hidden) == 0, 127, values + 0.49)])
+    # turned on, so that all of the head's columns are of one size and nothing is balanced
+    head = np.stack([np.roll(rows[row % 2], row // 2) for row in range(VOCAB)]).astype(np.float32)
+    ones = np.ones((4, hidden), np.float32)
+    bounds, _ = bounds_by_column(ones, head)
+    assert (bounds >= ones.astype(np.float64) @ head.T.astype(np.float64)).all()
+
+
 def test_one_large_entry_does_not_open_rows():
     """As if the whole error of a column lay where a row is large, nearly none would be settled."""
     hidden, head = normal(0, 500, HIDDEN), normal(1, VOCAB, HIDDEN)
@@ -205,6 +218,24 @@ def test_more_candidates_than_are_tried(kind, rows):
     hidden = np.ones((rows, HIDDEN), np.float32)
     assert not SETTLED[kind](hidden, head)[1].any()
     assert set(SCREENED[kind](hidden, head).tolist()) == {close[-1]}
+
+
+@pytest.mark.parametrize("rows", [1, 3, FEW_ROWS_FOR_8_BITS])
+def test_candidates_in_more_parts_than_are_tried(rows):
+    """Columns of the same logit and of different sizes, with others between them: each is of another part."""
+    head = np.zeros((VOCAB, HIDDEN), np.float32)
+    head[np.arange(VOCAB), np.arange(VOCAB) % HIDDEN] = -np.linspace(1, 3, VOCAB)
+    close = np.linspace(100, VOCAB - 200, PARTS_TRIED + 4).astype(int)
+    spread = np.linspace(0.1, 1.9, len(close))
+    head[close] = 1
+    head[close, 1] += spread
+    head[close, 2] -= spread
+    for best in (close[0], close[-1]):
+        own = head.copy()
+        own[best] *= 1 + 2**-18
+        hidden = np.ones((rows, HIDDEN), np.float32)
+        assert not SETTLED["8 bits"](hidden, own)[1].any()
+        assert set(SCREENED["8 bits"](hidden, own).tolist()) == {best}
 
 
 @of_every_kind
