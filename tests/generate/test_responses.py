@@ -311,6 +311,8 @@ def test_in_float32_a_file_goes_on_with_a_drafter_or_without_and_in_bfloat16_wit
     stop(low)
     with pytest.raises(InputError, match="was begun with other settings .*block_size was 3, now 2"):
         generate_responses(replace(low, block_size=2))
+    with pytest.raises(InputError, match="was begun with other settings .*drafter_sha256 was '.*', now None"):
+        generate_responses(replace(low, drafter=None, block_size=None))
 
 
 def test_drafters_and_blocks_that_cannot_be(target, drafter, prompts, tmp_path):

@@ -133,7 +133,8 @@ def _settings(
     config: ResponsesConfig, prompts: Sequence[EncodedPrompt], *, target_sha256: str, drafter_sha256: str | None
 ) -> dict[str, Any]:
     """What a partial file is bound to."""
-    settings = {
+    exact = config.dtype == "float32"
+    return {
         "target": target_sha256,
         "prompts": sha256_json([[item.prompt.id, item.ids] for item in prompts]),
         "max_new_tokens": config.max_new_tokens,
@@ -141,12 +142,12 @@ def _settings(
         # None, as in files begun before there was sampling, is greedy
         "sampling": None if config.sampling is None else asdict(config.sampling),
         # as are float32, and no stop ids but the target's
-        "dtype": None if config.dtype == "float32" else config.dtype,
+        "dtype": None if exact else config.dtype,
         "stop_tokens": list(config.stop_tokens) or None,
+        # in 16 bits a near tie may go another way in a block
+        "drafter_sha256": None if exact else drafter_sha256,
+        "block_size": None if exact else config.block_size,
     }
-    if config.dtype != "float32" and drafter_sha256 is not None:  # a near tie may go another way in a block
-        settings |= {"drafter_sha256": drafter_sha256, "block_size": config.block_size}
-    return settings
 
 
 def generate_responses(config: ResponsesConfig, *, progress: Move = no_progress) -> dict[str, Any]:

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, BFloat16, Bool, Float, Int32
 
-from dflash_jax.nn.product import product, rows_product
+from dflash_jax.nn.head_candidates import best_candidate, row_norms, take_best
+from dflash_jax.nn.product import rows_product
 
 # Columns of a part, of which only the best can be a candidate. They lie apart from each other: neighbours in a
 # vocabulary (digits, single bytes) are often likely together.
@@ -35,10 +36,6 @@ def _above(x: Float[Array, "*some"]) -> BFloat16[Array, "*some"]:
     return (x * (1 + 2**-7)).astype(jnp.bfloat16)
 
 
-def _norms(rows: Float[Array, "row hidden"]) -> Float[Array, " row"]:
-    return jnp.sqrt(jnp.square(rows).sum(axis=-1))
-
-
 def _rounded(x: Float[Array, "*some"]) -> Float[Array, "*some"]:
     """`x` as bfloat16 has it, in float32; XLA would take a conversion there and back for nothing."""
     return lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7)
@@ -59,11 +56,11 @@ def make_screen16(head: Float[Array, "vocab hidden"]) -> Screen16:
         head: the vocabulary head, one row per token, float32.
     """
     low = _rounded(head)
-    norm = _norms(low)
+    norm = row_norms(low)
     # Two float32 sums of as many terms, this product's and that of a candidate, are off by `terms` roundings each at
     # most; the eight cover the two columns of bounds and that the norms are those of rounded rows.
     sums = (head.shape[1] + 8) * 2.0**-23 * norm
-    bounds = _above(jnp.stack([_norms(head - low) + sums, norm], axis=-1))
+    bounds = _above(jnp.stack([row_norms(head - low) + sums, norm], axis=-1))
     return Screen16(rows=jnp.concatenate([low.astype(jnp.bfloat16), bounds], axis=-1))
 
 
@@ -74,7 +71,7 @@ def bounded_rows(hidden: Float[Array, "row hidden"]) -> BFloat16[Array, "row bou
     `|h| |w - ~w|` and `|h - ~h| |~w|`.
     """
     low = _rounded(hidden)
-    bounds = _above(jnp.stack([_norms(hidden), _norms(hidden - low)], axis=-1))
+    bounds = _above(jnp.stack([row_norms(hidden), row_norms(hidden - low)], axis=-1))
     return jnp.concatenate([low.astype(jnp.bfloat16), bounds], axis=-1)
 
 
@@ -93,22 +90,12 @@ def screened_tokens16(
         head: the vocabulary head, one row per token, float32.
         screen: of this head.
     """
-    rows, vocab = hidden.shape[0], head.shape[0]
-    parts = vocab // COLUMNS_PER_SCREEN_PART
+    rows, parts = hidden.shape[0], head.shape[0] // COLUMNS_PER_SCREEN_PART
     bounds = rows_product(bounded_rows(hidden), screen.rows, out=jnp.float32).reshape(rows, -1, parts)
-    left = bounds.max(axis=1)
-    ids = []
-    for _ in range(CANDIDATES):
-        part = jnp.argmax(left, axis=-1).astype(jnp.int32)
-        ids.append(part)
-        left = jnp.where(jnp.arange(parts, dtype=jnp.int32)[None] == part[:, None], -jnp.inf, left)
-    part = jnp.stack(ids, axis=-1)
+    part, left = take_best(bounds.max(axis=1), CANDIDATES)
     inside = jnp.take_along_axis(bounds, part[:, None], axis=2)
     place = jnp.argmax(inside, axis=1).astype(jnp.int32)
     is_place = jnp.arange(COLUMNS_PER_SCREEN_PART, dtype=jnp.int32)[None, :, None] == place[:, None]
     others = jnp.maximum(left.max(axis=-1), jnp.where(is_place, -jnp.inf, inside).max(axis=(1, 2)))
-    columns = place * parts + part
-    logits = product("rch,rh->rc", head[columns], hidden)
-    best = logits.max(axis=-1)
-    token = jnp.where(logits == best[:, None], columns, vocab).min(axis=-1)
+    best, token = best_candidate(hidden, head, place * parts + part)
     return token, others < best

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int8, Int32
 
+from dflash_jax.nn.head_candidates import best_candidate, row_norms, take_best
 from dflash_jax.nn.product import product
 
 # Columns of like size, with one unit and one bound.
@@ -72,10 +73,6 @@ class _Rows(eqx.Module):
     weights: Float[Array, "row bound"]
 
 
-def _norms(x: Float[Array, "*some hidden"]) -> Float[Array, "*some"]:
-    return jnp.sqrt(jnp.square(x).sum(axis=-1))
-
-
 def can_screen8(head: Float[Array, "vocab hidden"]) -> bool:
     """Whether a head has a shape that `make_screen8` takes."""
     vocab = head.shape[0]
@@ -102,8 +99,8 @@ def make_screen8(head: Float[Array, "vocab hidden"]) -> Screen8:
     scaled = (head[ids] * balance[None]).reshape(COLUMNS_PER_PART8, parts, hidden) / units[None, :, None]
     rounded = jnp.round(scaled)
     errors = scaled - rounded
-    error_norms = units * _norms(errors).max(axis=0)
-    norms = units * _norms(scaled).max(axis=0) + error_norms
+    error_norms = units * row_norms(errors).max(axis=0)
+    norms = units * row_norms(scaled).max(axis=0) + error_norms
     return Screen8(
         rows=rounded.astype(jnp.int8).reshape(vocab, hidden),
         ids=ids,
@@ -127,14 +124,14 @@ def _in_two_levels(hidden: Float[Array, "row hidden"], screen: Screen8) -> _Rows
     scaled = balanced / units[:, None]
     high = jnp.round(scaled)
     low = jnp.round((scaled - high) * LOW_STEPS)
-    norms = _norms(scaled)
+    norms = row_norms(scaled)
     large = jnp.abs(scaled) > LARGE_SHARE * norms[:, None]
-    small_norms = _norms(jnp.where(large, 0, scaled))
+    small_norms = row_norms(jnp.where(large, 0, scaled))
     large_sums = jnp.where(large, jnp.abs(scaled), 0).sum(axis=-1)
     # Of two float32 logits, one by this product and one by any other, each is off by one rounding per term at most;
     # as much again, for a candidate's own is, and for the sums made here.
     rounding = 2 * (hidden.shape[1] + 32) * 2.0**-23 * norms
-    errors = _norms(scaled - high - low / LOW_STEPS)
+    errors = row_norms(scaled - high - low / LOW_STEPS)
     return _Rows(
         high=high.astype(jnp.int8),
         low=low.astype(jnp.int8),
@@ -209,29 +206,18 @@ def screened_tokens8(
         head: the vocabulary head, one row per token, float32.
         screen: of this head.
     """
-    count, vocab, parts = hidden.shape[0], head.shape[0], screen.units.shape[0]
+    count, parts = hidden.shape[0], screen.units.shape[0]
     bound = _bound(hidden, screen)
     left = bound.products.max(axis=1) * bound.scale + bound.slack
-    tried = []
-    for _ in range(PARTS_TRIED):
-        part = jnp.argmax(left, axis=-1).astype(jnp.int32)
-        tried.append(part)
-        left = jnp.where(jnp.arange(parts, dtype=jnp.int32)[None] == part[:, None], -jnp.inf, left)
-    part = jnp.stack(tried, axis=-1)
+    part, left = take_best(left, PARTS_TRIED)
     of_tried = lambda per_part: jnp.take_along_axis(per_part, part, axis=1)[:, None]
     inside = jnp.take_along_axis(bound.products, part[:, None], axis=2) * of_tried(bound.scale) + of_tried(bound.slack)
     place = jnp.argmax(inside, axis=1).astype(jnp.int32)
     is_place = jnp.arange(COLUMNS_PER_PART8, dtype=jnp.int32)[None, :, None] == place[:, None]
     inside = jnp.where(is_place, -jnp.inf, inside).reshape(count, -1)
-    columns = [place * parts + part]
-    for _ in range(COLUMNS_MORE):
-        at = jnp.argmax(inside, axis=-1).astype(jnp.int32)
-        own_part = jnp.take_along_axis(part, at[:, None] % PARTS_TRIED, axis=1)
-        columns.append(at[:, None] // PARTS_TRIED * parts + own_part)
-        inside = jnp.where(jnp.arange(inside.shape[1], dtype=jnp.int32)[None] == at[:, None], -jnp.inf, inside)
+    more, inside = take_best(inside, COLUMNS_MORE)
+    part_of_more = jnp.take_along_axis(part, more % PARTS_TRIED, axis=1)
+    rows = jnp.concatenate([place * parts + part, more // PARTS_TRIED * parts + part_of_more], axis=-1)
     others = jnp.maximum(left.max(axis=-1), inside.max(axis=-1))
-    candidates = screen.ids[jnp.concatenate(columns, axis=-1)]
-    logits = product("rch,rh->rc", head[candidates], hidden)
-    best = logits.max(axis=-1)
-    token = jnp.where(logits == best[:, None], candidates, vocab).min(axis=-1)
+    best, token = best_candidate(hidden, head, screen.ids[rows])
     return token, others < best
