@@ -28,7 +28,7 @@ from dflash_jax.nn.head_screen16 import (
     make_screen16,
     screened_tokens16,
 )
-from dflash_jax.nn.head_screens import FEW_ROWS_FOR_8_BITS
+from dflash_jax.nn.head_screens import few_rows_for_8_bits
 from dflash_jax.nn.product import has_fast_16_bit_products
 from support.jaxprs import largest_array
 
@@ -48,8 +48,9 @@ SETTLED = {
     "16 bits": jax.jit(lambda hidden, head: screened_tokens16(hidden, head, make_screen16(head))),
     "8 bits": jax.jit(lambda hidden, head: screened_tokens8(hidden, head, make_screen8(head))),
 }
+FEW_ROWS = few_rows_for_8_bits()
 # a few rows, and more than open rows are at a time; more still meet 16 bits
-CASES = [("16 bits", 3), ("16 bits", 200), ("8 bits", 1), ("8 bits", 3), ("8 bits", FEW_ROWS_FOR_8_BITS)]
+CASES = [("16 bits", 3), ("16 bits", 200), ("8 bits", 1), ("8 bits", 3), ("8 bits", FEW_ROWS)]
 of_every_kind = pytest.mark.parametrize(("kind", "rows"), CASES)
 
 
@@ -65,7 +66,7 @@ def argmax64(hidden, head):
     ("kind", "rows"),
     [
         *[("16 bits", rows) for rows in (2, OPEN_ROWS_PER_BLOCK, ROWS_PER_BLOCK_ON_CPU + OPEN_ROWS_PER_BLOCK + 5)],
-        *[("8 bits", rows) for rows in (1, 2, 5, OPEN_ROWS_PER_BLOCK, FEW_ROWS_FOR_8_BITS, FEW_ROWS_FOR_8_BITS + 1)],
+        *[("8 bits", rows) for rows in (1, 2, 5, OPEN_ROWS_PER_BLOCK, FEW_ROWS, FEW_ROWS + 1)],
     ],
 )
 def test_screened_tokens_are_the_argmax(kind, rows):
@@ -220,7 +221,7 @@ def test_more_candidates_than_are_tried(kind, rows):
     assert set(SCREENED[kind](hidden, head).tolist()) == {close[-1]}
 
 
-@pytest.mark.parametrize("rows", [1, 3, FEW_ROWS_FOR_8_BITS])
+@pytest.mark.parametrize("rows", [1, 3, FEW_ROWS])
 def test_candidates_in_more_parts_than_are_tried(rows):
     """Columns of the same logit and of different sizes, with others between them: each is of another part."""
     head = np.zeros((VOCAB, HIDDEN), np.float32)
@@ -259,7 +260,7 @@ def test_few_rows_meet_8_bits_and_many_16():
     head = jnp.asarray(normal(1, VOCAB, HIDDEN))
     screen = make_screen(head)
     asked = lambda rows: str(jax.make_jaxpr(partial(greedy_tokens, head=head, screen=screen))(jnp.ones((rows, HIDDEN))))
-    for rows, bits in ((1, "i8"), (FEW_ROWS_FOR_8_BITS, "i8"), (FEW_ROWS_FOR_8_BITS + 1, "bf16")):
+    for rows, bits in ((1, "i8"), (FEW_ROWS, "i8"), (FEW_ROWS + 1, "bf16")):
         assert [
             dtype for dtype in ("i8", "bf16") if f"{dtype}[{2 * rows if dtype == 'i8' else rows}," in asked(rows)
         ] == [bits]
@@ -268,7 +269,7 @@ def test_few_rows_meet_8_bits_and_many_16():
 def test_many_rows_make_a_screen_of_their_own_where_one_pays():
     hidden, head = normal(0, ROWS_FOR_A_SCREEN, HIDDEN), normal(1, VOCAB, HIDDEN)
     np.testing.assert_array_equal(jax.jit(greedy_tokens)(hidden, head), argmax64(hidden, head))
-    pays = on_one_cpu() and has_fast_16_bit_products()  # as tests/nn/test_one_cpu.py runs this, on a CPU with AMX
+    pays = on_one_cpu() and has_fast_16_bit_products()  # as tests/nn/test_one_cpu.py runs this
     assert screen_pays(jnp.dtype("float32"), jnp.asarray(head)) == pays
     assert not screen_pays(jnp.dtype("bfloat16"), jnp.asarray(head))
     for rows, made in ((ROWS_FOR_A_SCREEN, pays), (ROWS_FOR_A_SCREEN - 1, False)):

@@ -11,7 +11,7 @@ import torch
 from transformers import AutoTokenizer, LlamaForCausalLM
 
 from dflash_jax.nn import make_screen
-from dflash_jax.nn.head_screens import FEW_ROWS_FOR_8_BITS, screened_tokens
+from dflash_jax.nn.head_screens import few_rows_for_8_bits, screened_tokens
 from dflash_jax.targets import Target, describe_target, extend, load_target, next_ids, prefill
 
 pytestmark = pytest.mark.slow
@@ -90,7 +90,7 @@ def test_a_screen_of_the_head_changes_no_token(target, prompts):
     np.testing.assert_array_equal(screened, greedy)
     # and it is the screen that says so, of most of them
     hidden, own = output.hidden[0, : len(prompts[0])], greedy[0, : len(prompts[0])]
-    for count in (len(prompts[0]), FEW_ROWS_FOR_8_BITS):
+    for count in (len(prompts[0]), few_rows_for_8_bits()):
         rows = hidden[-count:]
         tokens, settled = jax.jit(lambda rows, head: screened_tokens(rows, head, make_screen(head)))(rows, target.head)
         assert settled.mean() > 0.8

@@ -5,10 +5,11 @@ from jaxtyping import Array, Bool, Float, Int32
 
 from dflash_jax.nn.head_screen8 import Screen8, can_screen8, make_screen8, screened_tokens8
 from dflash_jax.nn.head_screen16 import Screen16, can_screen16, make_screen16, screened_tokens16
+from dflash_jax.nn.product import has_tiles
 
-# Rows up to which 8 bits are faster. Two levels of hidden states are two products, whose sums are made apart: with
-# many rows that costs more than reading the head in 16 bits.
-FEW_ROWS_FOR_8_BITS = 32
+# Rows up to which 8 bits are faster, with AMX and by vectors alone. Two levels of hidden states are two products, whose
+# sums are made apart: with many rows that costs more than reading the head in 16 bits.
+_FEW_ROWS, _FEW_ROWS_BY_VECTORS = 32, 8
 
 
 class Screen(eqx.Module):
@@ -21,6 +22,11 @@ class Screen(eqx.Module):
 
     sixteen: Screen16
     eight: Screen8 | None = None
+
+
+def few_rows_for_8_bits() -> int:
+    """Return up to how many rows meet 8 bits on this CPU; more meet 16."""
+    return _FEW_ROWS if has_tiles() else _FEW_ROWS_BY_VECTORS
 
 
 def can_screen(head: Float[Array, "vocab hidden"]) -> bool:
@@ -48,6 +54,6 @@ def screened_tokens(
         head: the vocabulary head, one row per token, float32.
         screen: of this head.
     """
-    if screen.eight is not None and hidden.shape[0] <= FEW_ROWS_FOR_8_BITS:
+    if screen.eight is not None and hidden.shape[0] <= few_rows_for_8_bits():
         return screened_tokens8(hidden, head, screen.eight)
     return screened_tokens16(hidden, head, screen.sixteen)

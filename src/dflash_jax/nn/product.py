@@ -66,11 +66,20 @@ def on_one_cpu() -> bool:
 
 
 @functools.cache
-def has_fast_16_bit_products() -> bool:
-    """Whether 16-bit operands are multiplied several times as fast as float32 ones: on a CPU, where it has AMX."""
-    if jax.default_backend() != "cpu":
-        return True
+def _cpu_flags() -> frozenset[str]:
+    """What the processor says it has; nothing where /proc/cpuinfo does not say (not Linux, not x86)."""
     try:
-        return " amx_bf16" in Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace")
-    except OSError:  # not Linux
-        return False
+        lines = Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace").splitlines()
+    except OSError:
+        return frozenset()
+    return frozenset(next((line for line in lines if line.startswith("flags")), "").split())
+
+
+def has_fast_16_bit_products() -> bool:
+    """Whether 16-bit operands are multiplied faster than float32 ones: on a CPU, where AVX-512 or AMX has bfloat16."""
+    return jax.default_backend() != "cpu" or "avx512_bf16" in _cpu_flags()  # who has AMX has that too
+
+
+def has_tiles() -> bool:
+    """Whether a CPU multiplies 8-bit operands by tiles (AMX), several times as fast as by vectors."""
+    return "amx_int8" in _cpu_flags()
