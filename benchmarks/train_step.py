@@ -8,7 +8,7 @@ speculators (PyTorch, CPU) runs as its trainer runs it, sdpa attention, cross-en
 step has several sequences it takes them in turn and then makes one AdamW step, as its packed rows are slow on a CPU. It
 makes each label from the target's last hidden state and the frozen head, where ours reads next_ids that the cache
 stores: what that would cost us is timed as a contestant of its own. Memory peaks are those of processes that do one
-thing (--memory).
+thing and hold one library (--memory; train_step_speculators.py).
 
 `--sampled-vocab 8192` times a step whose softmax is estimated from so many tokens beside them: not the same computation
 (docs/design/018-sampled-head.md), for which its ratio to speculators stands apart.
@@ -21,7 +21,7 @@ import json
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -52,6 +52,11 @@ from dflash_jax.train.step import make_step, new_state
 
 MASK_ID = 1
 GAMMA = 4.0
+SIZES = {
+    "tokens": 1024, "anchors": 64, "block_size": 8, "layers": 4, "capture": 4, "hidden": 576, "intermediate": 1536,
+    "heads": 9, "kv_heads": 3, "head_dim": 64, "vocab": 49152, "threads": 2,
+}  # fmt: skip
+"""Defaults: the shapes of SmolLM2."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -120,14 +125,11 @@ class Options:
 
 
 def parse(arguments: list[str] | None) -> Options:
-    """The command line; defaults are the issue's shapes, SmolLM2's."""
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    sizes = {
-        "tokens": 1024, "anchors": 64, "block-size": 8, "layers": 4, "capture": 4, "hidden": 576, "intermediate": 1536,
-        "heads": 9, "kv-heads": 3, "head-dim": 64, "vocab": 49152, "rounds": 9, "threads": 2,
-    }  # fmt: skip
-    for name, default in sizes.items():
-        parser.add_argument(f"--{name}", type=int, default=default)
+    for name, default in SIZES.items():
+        parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=default)
+    parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--sequences", type=int, default=4, help="of the larger step; 1 is always timed")
     parser.add_argument(
         "--sampled-vocab", type=int, help="time a step with a sampled vocabulary too, of so many tokens"
@@ -136,9 +138,7 @@ def parse(arguments: list[str] | None) -> Options:
     parser.add_argument("--remat", action="store_true")
     parser.add_argument("--ceiling-size", type=int, help="rows of the large product: 2048 on a CPU, else 8192")
     parser.add_argument("--alone", action="store_true", help="leave speculators out")
-    parser.add_argument(
-        "--memory", choices=["ours", "ours_sampled", "speculators"], help="only this, and its peak (used by itself)"
-    )
+    parser.add_argument("--memory", choices=["ours", "ours_sampled"], help="only this, and its peak (used by itself)")
     given = vars(parser.parse_args(arguments))
     given["ceiling_size"] = given["ceiling_size"] or (2048 if jax.default_backend() == "cpu" else 8192)
     return Options(**given)
@@ -223,116 +223,34 @@ def first_anchors(world: World, options: Options, *, seed: int) -> np.ndarray:
     return np.sort(np.asarray(anchors))
 
 
-class Speculators:
-    """speculators' DFlash model in its own training step: forward, backward, clip, AdamW."""
+def torch_world(world: World, options: Options) -> Any:
+    """The same as NumPy arrays, for speculators. PyTorch comes in here: it would count in the peak of our process."""
+    from train_step_speculators import TorchWorld
 
-    def __init__(self, world: World, options: Options, *, sequences: int) -> None:
-        import torch
-        from speculators.losses import resolve_loss_config
-        from speculators.models.dflash import core
-
-        torch.set_num_threads(options.threads)
-        self._torch: Any = torch
-        self._core: Any = core
-        self._model = _speculators_model(world, options)
-        trained = [weight for weight in self._model.parameters() if weight.requires_grad]
-        self._optimizer = torch.optim.AdamW(trained, lr=6e-4, betas=(0.9, 0.999), weight_decay=0.0)
-        self._trained = trained
-        self._forward = torch.compile(self._model.forward)
-        self._settings = {
-            "loss_config": resolve_loss_config("ce", "eager"),
-            "gamma": GAMMA,
-            "max_anchors": options.anchors,
-            "per_position_loss_weight": "fixed-exp-decay",
-        }
-        self._rows = [_torch_row(world, index, torch) for index in range(sequences)]
-
-    def loss(self, row: Mapping[str, Any]) -> Any:
-        """The loss of one sequence."""
-        return self._forward(**row, **self._settings)[1]
-
-    def loss_at(self, anchors: np.ndarray) -> float:
-        """The loss of the first sequence at given anchors, by the model's own forward."""
-        torch, drawn = self._torch, self._core.select_anchors
-        chosen = torch.from_numpy(anchors.astype(np.int64))
-        self._core.select_anchors = lambda *_: (chosen, torch.ones(len(anchors), dtype=torch.bool))
-        try:
-            with torch.no_grad():
-                return float(self._model.forward(**self._rows[0], **self._settings)[1])
-        finally:
-            self._core.select_anchors = drawn
-
-    def __call__(self) -> float:
-        """One step over all its sequences in turn; returns the last one's loss."""
-        loss = None
-        for row in self._rows:
-            loss = self.loss(row)
-            (loss / len(self._rows)).backward()
-        self._torch.nn.utils.clip_grad_norm_(self._trained, 1.0)
-        self._optimizer.step()
-        self._optimizer.zero_grad(set_to_none=True)
-        assert loss is not None
-        return float(loss)
-
-
-def _torch_row(world: World, index: int, torch: Any) -> dict[str, Any]:
-    """One sequence as speculators' collator gives it: a row of one document."""
-    batch = jax.tree_util.tree_map(lambda leaf: np.asarray(leaf[index : index + 1], np.float32), world.first(index + 1))
-    tokens = batch.token_ids.shape[1]
-    return {
-        "hidden_states": torch.from_numpy(batch.features.copy()),
-        "input_ids": torch.from_numpy(batch.token_ids.astype(np.int64)),
-        "loss_mask": torch.ones(1, tokens, dtype=torch.long),
-        "verifier_last_hidden_states": torch.from_numpy(np.array(world.last_hidden[index : index + 1])),
-        "document_ids": torch.zeros(1, tokens, dtype=torch.long),
-    }
-
-
-def _speculators_model(world: World, options: Options) -> Any:
-    """Their model with our weights. Its target's norm is left out: the last hidden states come normed."""
-    import torch
-    from speculators.config import SpeculatorsConfig, VerifierConfig
-    from speculators.models.dflash import DFlashSpeculatorConfig
-    from speculators.models.dflash.core import DFlashDraftModel
-    from speculators.proposals.greedy import GreedyTokenProposalConfig
-    from transformers import Qwen3Config
-
-    layers = Qwen3Config(
-        vocab_size=options.vocab, hidden_size=options.hidden, intermediate_size=options.intermediate,
-        num_hidden_layers=options.layers, num_attention_heads=options.heads, num_key_value_heads=options.kv_heads,
-        head_dim=options.head_dim, rms_norm_eps=1e-5, max_position_embeddings=8192, attention_bias=False,
-        rope_parameters={"rope_type": "default", "rope_theta": 1e5}, tie_word_embeddings=False,
-    )  # fmt: skip
-    layers._attn_implementation = "sdpa"
-    config = DFlashSpeculatorConfig(
-        transformer_layer_config=layers,
-        draft_vocab_size=options.vocab,
-        block_size=options.block_size,
-        aux_hidden_state_layer_ids=[layer + 1 for layer in options.drafter.capture_layers],
-        mask_token_id=MASK_ID,
-        speculators_config=SpeculatorsConfig(
-            algorithm="dflash",
-            proposal_methods=[GreedyTokenProposalConfig(speculative_tokens=options.block_size - 1)],
-            default_proposal_method="greedy",
-            verifier=VerifierConfig(name_or_path=None, architectures=["LlamaForCausalLM"]),
-        ),
-    )
-    model = DFlashDraftModel(config).to(torch.float32)
     with tempfile.TemporaryDirectory() as folder:
         save_drafter(world.drafter, Path(folder))
-        ours = {
-            name: torch.from_numpy(np.array(value, np.float32))
-            for name, value in load_tensors(Path(folder) / "model.safetensors", what="weights").items()
-        }
-    head = torch.from_numpy(np.array(world.head, np.float32))
-    ends = dict.fromkeys(("embed_tokens.weight", "lm_head.weight", "verifier_lm_head.weight"), head)
-    missing, unexpected = model.load_state_dict(ours | ends, strict=False)
-    assert not unexpected, f"speculators' model has no {unexpected}"
-    assert set(missing) <= {"verifier_norm.weight"}, f"speculators' model wants {missing} too"
-    # a frozen head is one tensor in its trainer as well: the three are tied here, which is to its advantage
-    model.lm_head.weight = model.verifier_lm_head.weight = model.embed_tokens.weight
-    model.verifier_norm = torch.nn.Identity()
-    return model.train()
+        stored = load_tensors(Path(folder) / "model.safetensors", what="weights")
+        weights = {name: np.array(value, np.float32) for name, value in stored.items()}
+    return TorchWorld(
+        sizes={
+            **{name: getattr(options, name) for name in SIZES},
+            "capture_layers": list(options.drafter.capture_layers),
+            "mask_id": MASK_ID,
+            "gamma": GAMMA,
+        },
+        weights=weights,
+        head=np.asarray(world.head, np.float32),
+        features=np.asarray(world.batch.features, np.float32),
+        last_hidden=np.asarray(world.last_hidden),
+        token_ids=np.asarray(world.batch.token_ids),
+    )
+
+
+def make_speculators(world: World, options: Options, *, sequences: int) -> Any:
+    """The reference's step."""
+    from train_step_speculators import Speculators
+
+    return Speculators(torch_world(world, options), sequences=sequences)
 
 
 def flops(options: Options) -> dict[str, float]:
@@ -368,31 +286,32 @@ def scaled(ratio: Ratio, scale: float) -> Ratio:
     return replace(ratio, median=ratio.median * scale, ci95=(low * scale, high * scale))
 
 
-def measure_memory(options: Options, arguments: list[str]) -> dict[str, Any]:
+def measure_memory(options: Options, arguments: list[str], world: World) -> dict[str, Any]:
     """Peak of a process that does nothing but some steps, by contestant, one sequence and several."""
     found: dict[str, Any] = {}
-    names = ["ours", *(["ours_sampled"] if options.sampled_vocab else []), *([] if options.alone else ["speculators"])]
-    for name in names:
-        for sequences in sorted({1, options.sequences}):
-            command = [sys.executable, __file__, *arguments, "--memory", name, "--sequences", str(sequences)]
-            done = subprocess.run(command, capture_output=True, text=True, check=True)
-            found[f"{name}_{sequences}"] = json.loads(done.stdout.splitlines()[-1])["memory"]
+    with tempfile.TemporaryDirectory() as folder:
+        commands = {"ours": [__file__, *arguments, "--memory", "ours"]}
+        if options.sampled_vocab:
+            commands["ours_sampled"] = [__file__, *arguments, "--memory", "ours_sampled"]
+        if not options.alone:
+            torch_world(world, options).save(Path(folder))
+            commands["speculators"] = [str(Path(__file__).with_name("train_step_speculators.py")), folder]
+        for name, command in commands.items():
+            for sequences in sorted({1, options.sequences}):
+                run = [sys.executable, *command, "--sequences", str(sequences)]
+                done = subprocess.run(run, capture_output=True, text=True, check=True)
+                found[f"{name}_{sequences}"] = json.loads(done.stdout.splitlines()[-1])["memory"]
     return found
 
 
 def memory_alone(options: Options) -> None:
-    """Three steps of one contestant, then this process's peak. What only the beginning needed is given back."""
+    """Three of our steps, then this process's peak. What only the beginning needed is given back."""
     world = make_world(options)
-    contestant: Callable[[], Any]
-    if options.memory == "speculators":
-        contestant = Speculators(world, options, sequences=options.sequences)
-    else:
-        is_sampled = options.memory == "ours_sampled"
-        contestant = Ours(world, options, sequences=options.sequences, is_sampled=is_sampled)
+    step = Ours(world, options, sequences=options.sequences, is_sampled=options.memory == "ours_sampled")
     del world
     for _ in range(3):
         give_back_freed()
-        jax.block_until_ready(contestant())
+        jax.block_until_ready(step())
     write_result({"memory": peak_memory_bytes()})
 
 
@@ -445,9 +364,9 @@ def main(arguments: list[str] | None = None) -> int:
         memory_alone(options)
         return 0
     about = machine(("jax", "jaxlib") if options.alone else ("jax", "jaxlib", "torch", "speculators"))
-    # an accelerator's peak is XLA's own account, and a process that holds it leaves none to another
-    memory = measure_memory(options, arguments) if jax.default_backend() == "cpu" else None
     world, many = make_world(options), options.sequences
+    # an accelerator's peak is XLA's own account, and a process that holds it leaves none to another
+    memory = measure_memory(options, arguments, world) if jax.default_backend() == "cpu" else None
     # an accelerator's compiler leaves most of the host's cores to the other step
     with ThreadPoolExecutor(1 if jax.default_backend() == "cpu" else 2) as pool:
         counts = sorted({1, many})
@@ -460,7 +379,7 @@ def main(arguments: list[str] | None = None) -> int:
     result: dict[str, Any] = {"benchmark": "train_step", "machine": about}
     agree = True
     if not options.alone:
-        reference = Speculators(world, options, sequences=1)
+        reference = make_speculators(world, options, sequences=1)
         theirs = reference.loss_at(first_anchors(world, options, seed=ours.seed))
         result["first_loss"] = agreement(float(ours()), theirs)
         agree = options.dtype == "bfloat16" or result["first_loss"]["relative_difference"] < 1e-4
@@ -468,7 +387,7 @@ def main(arguments: list[str] | None = None) -> int:
     if many > 1:
         work["ours_many"] = steps[many]
         if not options.alone:
-            work["speculators_many"] = Speculators(world, options, sequences=many)
+            work["speculators_many"] = make_speculators(world, options, sequences=many)
     if options.sampled_vocab:
         work["ours_sampled"] = Ours(world, options, sequences=1, is_sampled=True)
     times = time_interleaved(work, rounds=options.rounds, warmups=2)
