@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib import metadata
+from pathlib import Path
 from typing import Any, Literal
 
 import jax
@@ -168,13 +169,27 @@ def peak_memory_bytes() -> dict[str, int | None]:
     }
 
 
+def _processor() -> str | None:
+    """What the CPU calls itself, and which products of 8 and 16 bits it has; None where Linux does not say."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace").splitlines()
+    except OSError:
+        return None
+    said = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in reversed(lines))}
+    if "model name" not in said:
+        return None
+    kinds = [kind for kind in ("avx2", "avx512_bf16", "amx_bf16") if kind in said.get("flags", "").split()]
+    return ", ".join([said["model name"], *kinds[-1:]])
+
+
 def machine(libraries: Sequence[str] = ("jax", "jaxlib")) -> dict[str, Any]:
-    """Return what a number was measured on: device, cores, load before the run, versions."""
+    """Return what a number was measured on: device, processor, cores, load before the run, versions."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return {
         "device": jax.devices()[0].device_kind,
         "platform": jax.default_backend(),
         "num_devices": jax.device_count(),
+        "processor": _processor(),
         "cores": cores,
         "load_average_1min": os.getloadavg()[0],
         "versions": {"python": platform.python_version()} | {name: metadata.version(name) for name in libraries},

@@ -57,12 +57,14 @@ def read_curves(paths: Sequence[Path]) -> list[Curve]:
     curves = []
     for document in documents:
         name = "SmolLM2-135M" if document["drafter"] else document["target"]
+        machine = document["machine"]
+        device = (machine["device"] == "cpu" and machine.get("processor")) or machine["device"]
         blocks = f" in blocks of {document['block_size']}" if differ else ""
         tokens = document.get("draft_vocab_size")
         drafts = f", drafts of {tokens:,} tokens" if tokens else ""
         curves += [
             Curve(
-                name=f"{name}, {document['machine']['device']}, batch {size}{blocks}{drafts}",
+                name=f"{name}, {device}, batch {size}{blocks}{drafts}",
                 result=result,
                 block_size=document["block_size"],
             )

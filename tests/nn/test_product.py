@@ -26,7 +26,7 @@ def test_16_bit_products_are_summed_in_float32_on_a_cpu():
     assert "f32[3,3] = dot_general" in made
 
 
-@pytest.mark.parametrize("rows", [(), (1,), (2,), (8, 1), (4, 16), (65,)], ids=str)
+@pytest.mark.parametrize("rows", [(), (1,), (2,), (5,), (3, 4), (28,), (8, 1), (4, 16), (65,)], ids=str)
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=str)
 def test_rows_product(rows: tuple[int, ...], dtype: jnp.dtype):
     rng = np.random.default_rng(0)
@@ -47,3 +47,12 @@ def test_rows_product_keeps_weights_first():
     compiled = jax.jit(rows_product).lower(jnp.ones((8, 1, 48)), jnp.ones((40, 48))).compile().as_text()
     (product_line,) = [line for line in str(compiled).splitlines() if " dot(" in line]
     assert "f32[40,8]" in product_line, product_line
+
+
+@pytest.mark.skipif(not on_one_cpu(), reason="it is kernels for CPUs that take so many rows at once")
+@pytest.mark.parametrize(
+    ("rows", "multiplied"), [(2, 2), (3, 3), (4, 4), (5, 8), (9, 16), (16, 16), (17, 17), (24, 24), (25, 32), (33, 33)]
+)
+def test_rows_are_filled_up_to_what_a_kernel_takes_at_once(rows: int, multiplied: int):
+    jaxpr = jax.make_jaxpr(rows_product)(jnp.ones((rows, 48)), jnp.ones((40, 48)))
+    assert f"f32[40,{multiplied}] = dot_general" in str(jaxpr)

@@ -26,8 +26,8 @@ COLUMNS_MORE = 4
 LARGE_SHARE = 0.1
 # So many numbers of the low part make one of the high part.
 LOW_STEPS = 128
-# Up to so many rows the head comes first in their product: XLA repacks the second operand. 6 rows of 8 bits, of 3 hidden
-# states, take longer than 8.
+# Up to so many rows the head comes first in their product: XLA repacks the second operand. 6 rows of 8 bits, of 3
+# hidden states, take longer than 8.
 ROWS_BEHIND_THE_HEAD = 4
 _LEVELS = 127
 _SMALLEST_UNIT = 2.0**-100
