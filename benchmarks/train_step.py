@@ -75,6 +75,7 @@ class Options:
     head_dim: int
     vocab: int
     sequences: int
+    accumulate: int
     sampled_vocab: int | None
     dtype: str
     remat: bool
@@ -115,6 +116,7 @@ class Options:
             block_size=self.block_size,
             num_layers=self.layers,
             sequences_per_step=sequences,
+            accumulate=min(self.accumulate, sequences),
             anchors_per_sequence=self.anchors,
             loss_denominator="labels",
             sampled_vocab=self.sampled_vocab if is_sampled else None,
@@ -131,6 +133,7 @@ def parse(arguments: list[str] | None) -> Options:
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=default)
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--sequences", type=int, default=4, help="of the larger step; 1 is always timed")
+    parser.add_argument("--accumulate", type=int, default=1, help="parts that its sequences are taken in")
     parser.add_argument(
         "--sampled-vocab", type=int, help="time a step with a sampled vocabulary too, of so many tokens"
     )

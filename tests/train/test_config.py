@@ -13,6 +13,8 @@ from dflash_jax.train import TrainConfig
         ({"num_layers": 0}, r"--num-layers is 0: a positive number is needed"),
         ({"sequences_per_step": -1}, r"--sequences-per-step is -1: a positive number is needed"),
         ({"anchors_per_sequence": 0}, r"--anchors-per-sequence is 0: a positive number is needed"),
+        ({"accumulate": 0}, r"--accumulate is 0: a positive number is needed"),
+        ({"accumulate": 3}, r"--accumulate is 3, --sequences-per-step 4: make it a multiple"),
         ({"checkpoint_every": 0}, r"--checkpoint-every is 0: a positive number is needed"),
         ({"learning_rate": 0.0}, r"--learning-rate is 0.0: a number above 0 is needed"),
         ({"learning_rate": float("nan")}, r"--learning-rate is nan: a number above 0 is needed"),

@@ -1,5 +1,6 @@
 import functools
 from dataclasses import replace
+from functools import partial
 
 import equinox as eqx
 import jax
@@ -9,7 +10,14 @@ import pytest
 
 from dflash_jax.core import InputError
 from dflash_jax.drafter import Compute, StoredSequence, draft_blocks, drafter_shapes
-from dflash_jax.train.loss import Objective, block_loss, dpace_weights, draw_anchors, slot_weights
+from dflash_jax.train.loss import (
+    Objective,
+    block_loss,
+    dpace_weights,
+    draw_anchors,
+    loss_gradient,
+    slot_weights,
+)
 from oracles import loss as oracle
 from support import tiny
 from support.jaxprs import float32_precisions
@@ -110,6 +118,7 @@ def model():
 
 STATIC = ("anchors_per_sequence", "objective", "compute")
 loss_alone = jax.jit(block_loss, static_argnames=STATIC)
+gradient_in_parts = jax.jit(loss_gradient, static_argnames=(*STATIC, "parts"))
 loss_and_gradient = jax.jit(jax.value_and_grad(block_loss, has_aux=True), static_argnames=STATIC)
 
 
@@ -180,6 +189,25 @@ def test_every_loss_and_its_gradient_are_those_of_the_plain_loop(kind, denominat
     slope = (moved(1) - moved(-1)) / (2 * step)
     along = sum((gradient[name] * direction[name]).sum() for name in weights)
     assert along == pytest.approx(slope, rel=1e-4)
+
+
+@pytest.mark.parametrize(("kind", "denominator"), OBJECTIVES)
+def test_parts_give_the_gradient_of_all_at_once(kind, denominator):
+    """Texts with 15, 9 and no labels, so that a mean of the parts' means would be another number."""
+    objective = Objective(loss=kind, denominator=denominator, gamma=GAMMA)
+    batch = stack(rows(), width=WIDTH)
+    _, statistics, wanted = all_anchors(batch, objective=objective)
+    for parts in (1, 3):
+        gradient, found = run(partial(gradient_in_parts, parts=parts), batch, objective=objective)
+        jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-7), gradient, wanted)
+        jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-6), found, statistics)
+
+
+def test_parts_draw_the_anchors_of_all_at_once():
+    batch = stack(rows(), width=WIDTH)
+    whole, apart = (run(partial(gradient_in_parts, parts=parts), batch, anchors=2, seed=5) for parts in (1, 3))
+    assert whole[1].num_labels == apart[1].num_labels
+    np.testing.assert_allclose(apart[1].loss, whole[1].loss, rtol=1e-6)
 
 
 @pytest.mark.slow

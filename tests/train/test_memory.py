@@ -65,6 +65,8 @@ def full_compiles():
         ({}, {"sequences_per_step": 2, "anchors_per_sequence": 64}, 640),
         (WIDER, {"sequences_per_step": 2, "anchors_per_sequence": 32}, 256),
         (WIDER, {"sequences_per_step": 2, "anchors_per_sequence": 32, "remat": True}, 256),
+        (WIDER, {"sequences_per_step": 4, "anchors_per_sequence": 32, "accumulate": 4}, 256),
+        (SMOLLM2, {"sequences_per_step": 4, "anchors_per_sequence": 64, "accumulate": 4}, 1024),
         (SMOLLM2, {"sequences_per_step": 1, "anchors_per_sequence": 256}, 1024),
         (SMOLLM2, {"sequences_per_step": 1, "anchors_per_sequence": 256, "sampled_vocab": 4096}, 1024),
         (

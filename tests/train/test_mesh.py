@@ -219,6 +219,25 @@ def test_sequences_must_divide(mesh, batch):
     check_batch(parse_mesh("model=8"), batch)
 
 
+def test_every_device_has_sequences_of_every_part():
+    check_batch(parse_mesh("data=2"), 8, parts=4)
+    message = (
+        r"--sequences-per-step is 4, --mesh data=2 splits it into 2 in 4 parts \(--accumulate\): make it a multiple"
+    )
+    with pytest.raises(InputError, match=message):
+        check_batch(parse_mesh("data=2"), 4, parts=4)
+
+
+@pytest.mark.slow
+def test_parts_on_a_mesh_give_the_losses_of_one_device_at_once(even, tmp_path):
+    target, cache = even
+    settings = {"steps": 6, "num_layers": 1, "sequences_per_step": 8, "anchors_per_sequence": 8, "checkpoint_every": 6}
+    for name, changes in {"whole": {}, "parts": {"accumulate": 4}, "mesh": {"accumulate": 2, "mesh": "data=2"}}.items():
+        train(tiny_chain.train_config(target, cache, tmp_path / name, **settings, **changes))
+    for name in ("parts", "mesh"):
+        np.testing.assert_allclose(losses(tmp_path / name), losses(tmp_path / "whole"), rtol=1e-5)
+
+
 @pytest.mark.slow
 def test_a_bfloat16_target_starts_a_float32_drafter(even):
     target = load_target(even[0], dtype=jnp.bfloat16)

@@ -66,6 +66,20 @@ def test_a_slice_shares_the_work(gpt_oss, tmp_path):
     assert told["memory"]["moments"] == one["memory"]["moments"] // 8
 
 
+def test_parts_need_less_memory_and_more_traffic(gpt_oss, tmp_path):
+    mesh = {"device": "v6e-8", "mesh": "data=4,model=2", "sequences_per_step": 16, "anchors_per_sequence": 512}
+    whole, parts = plan(gpt_oss, tmp_path, **mesh), plan(gpt_oss, tmp_path, **mesh, accumulate=4)
+    assert parts["flops"] == whole["flops"]
+    for name in ("activations", "attention_scratch"):
+        assert parts["memory"][name] == whole["memory"][name] // 4
+    assert parts["memory"]["added"] == whole["memory"]["weights"] // 8
+    assert parts["memory"]["step"] < whole["memory"]["step"]
+    assert parts["link_traffic"]["gradient"] == 4 * whole["link_traffic"]["gradient"]
+    assert parts["memory_traffic"]["activations"] == whole["memory_traffic"]["activations"]
+    with pytest.raises(InputError, match=r"--mesh data=4,model=2 splits it into 4 in 8 parts"):
+        plan(gpt_oss, tmp_path, **mesh, accumulate=8)
+
+
 def test_devices_are_named_as_clouds_name_them():
     assert [parse_device(name)[1] for name in ("h100", "v6e", "v6e-8", "v5p", "v5p-64")] == [1, 1, 8, 1, 32]
     for name in ("tpu", "v6e-0", "v6e-", "8", ""):

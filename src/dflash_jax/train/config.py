@@ -55,6 +55,9 @@ class TrainConfig:
     """Sequences per optimizer step."""
     anchors_per_sequence: int = 64
     """Anchors drawn from each sequence, anew every step."""
+    accumulate: int | None = None
+    """Take a step's sequences in so many parts, one after the other, and add up their gradients: activations need so
+    much less memory, the step is the same. Default: all at once."""
     length_buckets: int | None = None
     """Pad batches to so many widths, not all to the longest sequence: sequences of similar length share a step, and
     every width is compiled once. Worth it where lengths differ and steps are many. Default: one width."""
@@ -138,6 +141,7 @@ class TrainConfig:
             "num_layers",
             "sequences_per_step",
             "anchors_per_sequence",
+            "accumulate",
             "length_buckets",
             "checkpoint_every",
             "keep",
@@ -166,6 +170,10 @@ class TrainConfig:
         self._check_run()
 
     def _check_choices(self) -> None:
+        if self.sequences_per_step % self.parts:
+            raise InputError(
+                f"--accumulate is {self.accumulate}, --sequences-per-step {self.sequences_per_step}: make it a multiple"
+            )
         if self.full_layers is not None and self.sliding_window is None:
             raise InputError("--full-layers names layers that do not slide: give --sliding-window with it")
         if self.sliding_window is not None and self.init_from is not None:
@@ -196,6 +204,11 @@ class TrainConfig:
             alpha=self.dpace_alpha,
             sampled_vocab=self.sampled_vocab,
         )
+
+    @property
+    def parts(self) -> int:
+        """Parts that a step's sequences are taken in."""
+        return self.accumulate or 1
 
     @property
     def live_top_k(self) -> int:

@@ -1,7 +1,7 @@
 """The DFlash losses: weighted cross-entropy or KL of many blocks per sequence over the target's frozen head."""
 
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import equinox as eqx
 import jax
@@ -22,7 +22,7 @@ from dflash_jax.drafter import (
     eligible_anchors,
 )
 from dflash_jax.nn import LinearCrossEntropy, linear_soft_cross_entropy
-from dflash_jax.train.sharding import BLOCKS, head_pass, pin, split_lookup
+from dflash_jax.train.sharding import BLOCKS, MOMENTS, head_pass, pin, split_lookup
 
 Loss = Literal["cross-entropy", "d-pace", "kl"]
 Denominator = Literal["weights", "labels"]
@@ -149,18 +149,83 @@ def _draw_slots(sequences: StoredSequence, count: int, *, block_size: int, soft:
     return jax.vmap(one)(sequences, jax.random.split(key, sequences.token_ids.shape[0]))
 
 
-def _reduced(
-    per_slot: Float[Array, "batch anchor drafted"], labelled: Bool[Array, "batch anchor drafted"], objective: Objective
-) -> Float[Array, ""]:
-    """The weighted sum over the objective's denominator; both sums run over the whole batch (all devices)."""
+class _Sums(eqx.Module):
+    """What the blocks of some sequences add up to; those of all sequences (all devices, all parts) are a step's.
+
+    Attributes:
+        weight: of the weighted slots.
+        hits: slots whose label is the drafter's argmax, by slot.
+        labels: labelled slots, by slot.
+    """
+
+    weight: Float[Array, ""]
+    hits: Float[Array, " drafted"]
+    labels: Float[Array, " drafted"]
+
+    def denominator(self, objective: Objective) -> Float[Array, ""]:
+        """What the weighted sum of the losses is divided by."""
+        if objective.denominator == "labels":
+            return self.labels.sum() + 1e-5
+        return jnp.maximum(self.weight, 1e-9)
+
+    def statistics(self, loss: Float[Array, ""]) -> StepStatistics:
+        """What they say of the step."""
+        return StepStatistics(
+            loss=loss,
+            accuracy=self.hits.sum() / jnp.maximum(self.labels.sum(), 1.0),
+            accuracy_by_slot=self.hits / jnp.maximum(self.labels, 1.0),
+            num_labels=self.labels.sum().astype(jnp.int32),
+        )
+
+
+def _weighted_sum(
+    drafter: Drafter,
+    embed_tokens: Float[Array, "vocab hidden"],
+    head: Float[Array, "vocab hidden"],
+    sequences: StoredSequence,
+    slots: _Slots,
+    *,
+    objective: Objective,
+    sample_key: PRNGKeyArray,
+    compute: Compute,
+    mesh: Mesh | None,
+) -> tuple[Float[Array, ""], _Sums]:
+    """The sum of `w * L` over the slots of some sequences, and what it is divided by and reported with."""
+    slots = pin(slots, BLOCKS, mesh)
+    hidden = draft_blocks(
+        drafter,
+        embed_tokens,
+        sequences.features,
+        sequences.token_ids,
+        slots.anchors,
+        block_lengths=slots.lengths,
+        block_size=drafter.config.block_size,
+        position_offset=sequences.position_offset,
+        compute=compute,
+        lookup=split_lookup(mesh, embed_tokens.shape[0]),
+    )
+    hidden = pin(hidden, BLOCKS, mesh)
+    labels, labelled, probabilities = slots.labels, slots.labelled, slots.probabilities
+    rows: LinearCrossEntropy = linear_soft_cross_entropy(
+        hidden.reshape(-1, hidden.shape[-1]),
+        head,
+        slots.ids.reshape(-1, slots.ids.shape[-1]),
+        probabilities.reshape(-1, probabilities.shape[-1]),
+        one_pass=head_pass(mesh, head.shape[0], sampled=objective.sampled_vocab),
+        key=None if objective.sampled_vocab is None else sample_key,
+    )
+    per_slot, correct = rows.loss.reshape(labels.shape), rows.tokens.reshape(labels.shape) == labels
+    if objective.loss == "kl":
+        per_slot += (probabilities * jnp.log(jnp.maximum(probabilities, 1e-30))).sum(axis=-1)
     if objective.loss == "d-pace":
         weight = dpace_weights(jnp.exp(-per_slot), labelled, objective.alpha)
     else:
         weight = jnp.where(labelled, slot_weights(labelled.shape[-1] + 1, objective.gamma)[None, None], 0.0)
-    total = (weight * per_slot).sum()
-    if objective.denominator == "labels":
-        return total / (labelled.sum(dtype=jnp.int32).astype(jnp.float32) + 1e-5)
-    return total / jnp.maximum(weight.sum(), 1e-9)
+    return (weight * per_slot).sum(), _Sums(
+        weight=weight.sum(),
+        hits=(labelled & correct).sum(axis=(0, 1)).astype(jnp.float32),
+        labels=labelled.sum(axis=(0, 1)).astype(jnp.float32),
+    )
 
 
 def block_loss(
@@ -196,41 +261,96 @@ def block_loss(
         compute: how the drafter is computed; the loss is float32.
         mesh: devices that the sequences, blocks and the head are split over; None is one device.
     """
-    block_size = drafter.config.block_size
-    count = min(anchors_per_sequence, sequences.token_ids.shape[1])
-    is_soft = objective.loss == "kl"
-    slots = pin(_draw_slots(sequences, count, block_size=block_size, soft=is_soft, key=key), BLOCKS, mesh)
-    hidden = draft_blocks(
+    slots = _slots_of(drafter, sequences, anchors_per_sequence, objective, key)
+    total, sums = _weighted_sum(
         drafter,
         embed_tokens,
-        sequences.features,
-        sequences.token_ids,
-        slots.anchors,
-        block_lengths=slots.lengths,
-        block_size=block_size,
-        position_offset=sequences.position_offset,
-        compute=compute,
-        lookup=split_lookup(mesh, embed_tokens.shape[0]),
-    )
-    hidden = pin(hidden, BLOCKS, mesh)
-    labels, labelled, probabilities = slots.labels, slots.labelled, slots.probabilities
-    rows: LinearCrossEntropy = linear_soft_cross_entropy(
-        hidden.reshape(-1, hidden.shape[-1]),
         head,
-        slots.ids.reshape(-1, slots.ids.shape[-1]),
-        probabilities.reshape(-1, probabilities.shape[-1]),
-        one_pass=head_pass(mesh, head.shape[0], sampled=objective.sampled_vocab),
-        key=None if objective.sampled_vocab is None else jax.random.fold_in(key, 1),
+        sequences,
+        slots,
+        objective=objective,
+        sample_key=jax.random.fold_in(key, 1),
+        compute=compute,
+        mesh=mesh,
     )
-    per_slot, correct = rows.loss.reshape(labels.shape), rows.tokens.reshape(labels.shape) == labels
-    if is_soft:
-        per_slot += (probabilities * jnp.log(jnp.maximum(probabilities, 1e-30))).sum(axis=-1)
-    loss = _reduced(per_slot, labelled, objective)
-    hits = (labelled & correct).sum(axis=(0, 1)).astype(jnp.float32)
-    counts = labelled.sum(axis=(0, 1)).astype(jnp.float32)
-    return loss, StepStatistics(
-        loss=loss,
-        accuracy=hits.sum() / jnp.maximum(counts.sum(), 1.0),
-        accuracy_by_slot=hits / jnp.maximum(counts, 1.0),
-        num_labels=labelled.sum(dtype=jnp.int32),
-    )
+    loss = total / sums.denominator(objective)
+    return loss, sums.statistics(loss)
+
+
+def _slots_of(
+    drafter: Drafter, sequences: StoredSequence, anchors_per_sequence: int, objective: Objective, key: PRNGKeyArray
+) -> _Slots:
+    count = min(anchors_per_sequence, sequences.token_ids.shape[1])
+    block_size, is_soft = drafter.config.block_size, objective.loss == "kl"
+    return _draw_slots(sequences, count, block_size=block_size, soft=is_soft, key=key)
+
+
+def loss_gradient(
+    drafter: Drafter,
+    embed_tokens: Float[Array, "vocab hidden"],
+    head: Float[Array, "vocab hidden"],
+    sequences: StoredSequence,
+    *,
+    parts: int,
+    anchors_per_sequence: int,
+    objective: Objective,
+    key: PRNGKeyArray,
+    compute: Compute = AS_STORED,
+    mesh: Mesh | None = None,
+) -> tuple[Drafter, StepStatistics]:
+    """Return the gradient of `block_loss`, and its statistics, the sequences taken in parts one after the other.
+
+    Anchors are those of one part. Activations are those of a part's sequences; the gradient that is added to is there
+    besides. A sampled vocabulary is drawn for every part.
+
+    Args:
+        drafter: differentiated.
+        embed_tokens: see `block_loss`, as for all that is not named here.
+        head: likewise.
+        sequences: a batch, whose size `parts` divides.
+        parts: how many.
+        anchors_per_sequence: likewise.
+        objective: likewise.
+        key: likewise.
+        compute: likewise.
+        mesh: likewise; every device takes some sequences of every part.
+    """
+    if parts == 1:
+        (_, statistics), gradient = jax.value_and_grad(block_loss, has_aux=True)(
+            drafter,
+            embed_tokens,
+            head,
+            sequences,
+            anchors_per_sequence=anchors_per_sequence,
+            objective=objective,
+            key=key,
+            compute=compute,
+            mesh=mesh,
+        )
+        return gradient, statistics
+    slots = _slots_of(drafter, sequences, anchors_per_sequence, objective, key)
+    # part p has sequences p, p + parts, ...: where the batch is split over devices, each has its share of all parts
+    apart = jax.tree_util.tree_map(lambda leaf: leaf.reshape(-1, parts, *leaf.shape[1:]), (sequences, slots))
+
+    def one(added: Any, part: Int32[Array, ""]) -> tuple[Any, None]:
+        some, own = jax.tree_util.tree_map(lambda leaf: lax.dynamic_index_in_dim(leaf, part, 1, keepdims=False), apart)
+        (total, sums), gradient = jax.value_and_grad(_weighted_sum, has_aux=True)(
+            drafter,
+            embed_tokens,
+            head,
+            pin(some, BLOCKS[:1], mesh),
+            own,
+            objective=objective,
+            sample_key=jax.random.fold_in(jax.random.fold_in(key, 1), part),
+            compute=compute,
+            mesh=mesh,
+        )
+        new = pin(gradient, MOMENTS, mesh), total, sums
+        return jax.tree_util.tree_map(jnp.add, added, new), None
+
+    zeros = jax.tree_util.tree_map(jnp.zeros_like, drafter)
+    none = jnp.zeros(drafter.config.block_size - 1, jnp.float32)
+    start = pin(zeros, MOMENTS, mesh), jnp.float32(0), _Sums(weight=jnp.float32(0), hits=none, labels=none)
+    (gradient, total, sums), _ = lax.scan(one, start, jnp.arange(parts, dtype=jnp.int32))
+    divided_by = sums.denominator(objective)
+    return jax.tree_util.tree_map(lambda leaf: leaf / divided_by, gradient), sums.statistics(total / divided_by)

@@ -1,5 +1,6 @@
 """What a training step needs on a device, counted from shapes: no array is made and nothing is compiled."""
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
 import jax
@@ -21,8 +22,9 @@ class StepBytes:
         moments: the optimizer's.
         embedding_and_head: the target's, frozen, in the step's dtype; once where they are tied. On a CPU they are
             float32, and a head that a 16-bit step meets whole is there in the step's dtype too (`step.frozen_ends`).
-        batch: features, tokens and labels of the sequences.
+        batch: features, tokens and labels of the sequences; with --accumulate also of one part, taken out of them.
         gradient: float32, and once more while it is clipped.
+        added: with --accumulate, the gradient of the parts that are done.
         activations: what the forward pass keeps for the backward pass.
         head_scratch: logits of a chunk of the vocabulary, which turn into exponentials in place, the chunk itself or
             the sampled vocabulary, rows of the head.
@@ -35,6 +37,7 @@ class StepBytes:
     embedding_and_head: int
     batch: int
     gradient: int
+    added: int
     activations: int
     head_scratch: int
     attention_scratch: int
@@ -50,7 +53,7 @@ class StepBytes:
 
         While the gradient of a layer comes, its activations go, so that the two ends of the backward pass are the most.
         """
-        return max(self.activations + max(self.head_scratch, self.attention_scratch), self.gradient)
+        return most_at_once(asdict(self))
 
     @property
     def total(self) -> int:
@@ -60,6 +63,13 @@ class StepBytes:
     def to_json(self) -> dict[str, int]:
         """Return the parts and their sums by name."""
         return asdict(self) | {"persistent": self.persistent, "temporary": self.temporary, "total": self.total}
+
+
+def most_at_once(parts: Mapping[str, int]) -> int:
+    """Return `StepBytes.temporary` of parts by name."""
+    backward = parts["activations"] + max(parts["head_scratch"], parts["attention_scratch"])
+    # a part's own gradient is not clipped: what is added up is
+    return max(parts["added"] + max(backward, parts["gradient"] // 2), parts["gradient"])
 
 
 def num_parameters(drafter: DrafterConfig) -> tuple[int, int]:
@@ -137,39 +147,42 @@ def step_bytes(
 
     Args:
         drafter: the drafter's shapes.
-        config: anchors, optimizer, dtype, remat.
+        config: anchors, optimizer, dtype, remat, parts.
         width: tokens per sequence, padding included.
         sequences: on this device; None: all of the step's.
         features_itemsize: bytes of a feature as it lies on the device.
         tied: whether the target's head is its embedding.
     """
     sequences = config.sequences_per_step if sequences is None else sequences
+    at_once = sequences // config.parts
     itemsize = jnp.dtype(config.dtype).itemsize
     anchors, block = min(config.anchors_per_sequence, width), drafter.block_size
     weights, matrices = num_parameters(drafter)
     vocab, hidden = drafter.vocab_size, drafter.hidden_size
     rows = _Rows(
-        slots=sequences * anchors * block,
-        context=sequences * width,
+        slots=at_once * anchors * block,
+        context=at_once * width,
         hidden=hidden,
         query=drafter.num_heads * drafter.head_dim,
         kv=drafter.num_kv_heads * drafter.head_dim,
         inner=drafter.intermediate_size,
     )
     columns = min(config.sampled_vocab or vocab, vocab)
-    drafted, chunk = sequences * anchors * (block - 1), min(columns, VOCAB_CHUNK)
+    drafted, chunk = at_once * anchors * (block - 1), min(columns, VOCAB_CHUNK)
     rest = columns % VOCAB_CHUNK if columns > chunk else 0
     # a chunk of the head is copied, and all rows that a sample takes are
     copied = columns if columns < vocab else chunk if vocab > chunk else 0
     blocks = anchors_per_chunk(anchors, block=block, heads=drafter.num_heads, context=width)
-    scores = sequences * blocks * block * drafter.num_heads * width
+    scores = at_once * blocks * block * drafter.num_heads * width
+    in_parts = config.parts > 1
     moments = 2 * (weights - matrices) + matrices if config.optimizer == "muon" else 2 * weights
     return StepBytes(
         weights=_WIDE * weights,
         moments=_WIDE * moments,
         embedding_and_head=sum(table_bytes(config, numbers=vocab * hidden, tied=tied)),
-        batch=sequences * width * (drafter.num_features * features_itemsize + 8),
+        batch=(sequences + at_once * in_parts) * width * (drafter.num_features * features_itemsize + 8),
         gradient=2 * _WIDE * weights,
+        added=_WIDE * weights * in_parts,
         activations=_activations(rows, drafter, itemsize=itemsize, remat=config.remat),
         head_scratch=_WIDE * drafted * (chunk + rest + 3 * hidden) + copied * hidden * itemsize,
         attention_scratch=_WIDE * _scores_at_once() * scores + (itemsize * rows.layer() if config.remat else 0),

@@ -16,7 +16,7 @@ from dflash_jax.drafter import DrafterConfig, read_drafter_config
 from dflash_jax.train.config import TrainConfig
 from dflash_jax.train.grouping import bucket
 from dflash_jax.train.init import drafter_config
-from dflash_jax.train.memory import num_parameters, step_bytes, table_bytes, tables_are_wide
+from dflash_jax.train.memory import most_at_once, num_parameters, step_bytes, table_bytes, tables_are_wide
 from dflash_jax.train.sharding import check_batch
 
 DEFAULT_BLOCK_SIZE, DEFAULT_NUM_LAYERS = 8, 4
@@ -159,47 +159,48 @@ def memory_bytes(shapes: Shapes) -> dict[str, int]:
         "target": whole if is_live else 0,
         "batch": own.batch,
         "gradient": own.gradient,
+        "added": own.added // shapes.mesh.size,
         "activations": blocks.activations,
         "head_scratch": own.head_scratch,
         "attention_scratch": _attention_scratch(shapes) if config.device else blocks.attention_scratch,
     }
     held = sum(found[name] for name in ("weights", "moments", "embedding_and_head", "target", "batch"))
-    worst = max(found["activations"] + max(found["head_scratch"], found["attention_scratch"]), found["gradient"])
     ends = own.embedding_and_head // parts
     copied = shapes.drafter.num_layers if config.init == "target" and config.init_from is None else 0
     numbers = shapes.drafter.vocab_size * shapes.drafter.hidden_size
     layers = whole - table_bytes(config, numbers=numbers, tied=tied)[0] // parts
     loaded = whole if is_live else ends + layers * copied // shapes.target.num_layers
     # the new weights and the state's own, for a moment
-    return found | {"step": held + worst, "start": 2 * found["weights"] + found["moments"] + loaded}
+    return found | {"step": held + most_at_once(found), "start": 2 * found["weights"] + found["moments"] + loaded}
 
 
 def _attention_scratch(shapes: Shapes) -> int:
     """Scores of a chunk of blocks and their slopes on an accelerator, which this process need not run on."""
     of_a_sequence = shapes.anchors // shapes.block_parts * shapes.drafter.block_size
     scores = min(of_a_sequence * shapes.drafter.num_heads * shapes.width, _MOST_SCORES)
-    return 4 * _WIDE * shapes.config.sequences_per_step // shapes.groups * scores
+    return 4 * _WIDE * shapes.config.sequences_per_step // shapes.groups // shapes.config.parts * scores
 
 
 def memory_traffic(shapes: Shapes, memory: dict[str, int]) -> dict[str, float]:
     """Return the bytes that a step moves through a device's memory, by part, where products are not fused.
 
-    `weights`: read forward and twice backward, the gradient written and read. `optimizer`: weights, gradient and two
-    moments read, three written, of the device's share. `activations`: written and read. `scores`: float32, written and
-    read in each of three passes. `logits`: float32, they and their exponentials written and read. `head`: read once.
+    `weights`: read forward and twice backward, the gradient written and read; for every part of --accumulate.
+    `optimizer`: weights, gradient and two moments read, three written, of the device's share. `activations`: written
+    and read. `scores`: float32, written and read in each of three passes. `logits`: float32, they and their
+    exponentials written and read. `head`: read once for every part.
     """
-    drafter = shapes.drafter
+    drafter, parts = shapes.drafter, shapes.config.parts
     weights, _ = num_parameters(drafter)
     devices = shapes.groups * shapes.block_parts
     scores = shapes.slots * drafter.num_heads * shapes.width * drafter.num_layers / devices
     logits = shapes.drafted / shapes.groups * shapes.columns / shapes.head_parts
     return {
-        "weights": 5.0 * _WIDE * weights,
+        "weights": 5.0 * _WIDE * weights * parts,
         "optimizer": 7.0 * _WIDE * weights / shapes.mesh.size,
-        "activations": 2.0 * memory["activations"],
+        "activations": 2.0 * memory["activations"] * parts,
         "scores": 6.0 * _WIDE * scores,
         "logits": 4.0 * _WIDE * logits,
-        "head": float(shapes.columns * drafter.hidden_size * shapes.itemsize / shapes.head_parts),
+        "head": float(parts * shapes.columns * drafter.hidden_size * shapes.itemsize / shapes.head_parts),
         "target": float(memory["target"]),
     }
 
@@ -207,14 +208,14 @@ def memory_traffic(shapes: Shapes, memory: dict[str, int]) -> dict[str, float]:
 def link_traffic(shapes: Shapes) -> dict[str, float]:
     """Return the bytes that a device sends to others in a step: `(n - 1) / n` of what each collective joins.
 
-    `gradient`: reduce-scattered over all devices; `weights`: gathered after the update; `head`: drafted rows gathered
-    within the group, expected rows and a few numbers per row joined.
+    `gradient`: reduce-scattered over all devices, for every part of --accumulate; `weights`: gathered after the
+    update; `head`: drafted rows gathered within the group, expected rows and a few numbers per row joined.
     """
     weights, _ = num_parameters(shapes.drafter)
     every, parts = shapes.mesh.size, shapes.head_parts
     rows = shapes.drafted / shapes.groups * shapes.drafter.hidden_size
     return {
-        "gradient": _WIDE * weights * (every - 1) / every,
+        "gradient": shapes.config.parts * _WIDE * weights * (every - 1) / every,
         "weights": _WIDE * weights * (every - 1) / every,
         "head": rows * (shapes.itemsize + 2 * _WIDE) * (parts - 1) / parts,
     }
@@ -277,7 +278,7 @@ def _shapes(config: TrainConfig) -> Shapes:
             full_layers=config.full_layers or (),
         )
     mesh = parse_mesh(config.mesh)
-    check_batch(mesh, config.sequences_per_step)
+    check_batch(mesh, config.sequences_per_step, parts=config.parts)
     return Shapes(
         config=config,
         target=target,

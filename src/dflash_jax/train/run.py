@@ -188,7 +188,7 @@ def _open_mesh(config: TrainConfig) -> Mesh | None:
     Raises:
         InputError: see `targets.open_mesh` and `check_batch`.
     """
-    check_batch(parse_mesh(config.mesh), config.sequences_per_step)
+    check_batch(parse_mesh(config.mesh), config.sequences_per_step, parts=config.parts)
     return targets.open_mesh(targets.read_target_config(config.target), config.mesh)
 
 

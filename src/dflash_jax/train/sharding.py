@@ -29,16 +29,23 @@ MOMENTS = ("moments",)
 WHOLE: tuple[str | None, ...] = ()
 
 
-def check_batch(shape: MeshShape, sequences_per_step: int) -> None:
+def check_batch(shape: MeshShape, sequences_per_step: int, *, parts: int = 1) -> None:
     """Refuse a batch that some devices would have no part of.
+
+    Args:
+        shape: of the mesh.
+        sequences_per_step: of all parts together.
+        parts: that are taken one after the other.
 
     Raises:
         InputError: the sequences do not divide.
     """
-    parts = shape.data * shape.expert
-    if sequences_per_step % parts:
+    devices = shape.data * shape.expert
+    if sequences_per_step % (devices * parts):
+        turns = f" in {parts} parts (--accumulate)" if parts > 1 else ""
         raise InputError(
-            f"--sequences-per-step is {sequences_per_step}, --mesh {shape} splits it into {parts}: make it a multiple"
+            f"--sequences-per-step is {sequences_per_step}, --mesh {shape} splits it into {devices}{turns}: make it a "
+            f"multiple of {devices * parts}"
         )
 
 

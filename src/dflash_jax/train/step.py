@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int32
 
 from dflash_jax.drafter import Drafter, StoredSequence
 from dflash_jax.train.config import TrainConfig
-from dflash_jax.train.loss import StepStatistics, block_loss
+from dflash_jax.train.loss import StepStatistics, loss_gradient
 from dflash_jax.train.optimizer import make_optimizer
 from dflash_jax.train.sharding import MOMENTS, WHOLE, pin, put
 
@@ -88,11 +88,12 @@ def make_step(config: TrainConfig, *, mesh: Mesh | None = None):  # noqa: ANN201
         sequences: StoredSequence,
     ) -> tuple[TrainState, StepResult]:
         key = jax.random.fold_in(jax.random.key(config.seed), state.step)
-        (_, statistics), gradient = jax.value_and_grad(block_loss, has_aux=True)(
+        gradient, statistics = loss_gradient(
             state.drafter,
             embed_tokens,
             head,
             sequences,
+            parts=config.parts,
             anchors_per_sequence=config.anchors_per_sequence,
             objective=config.objective,
             key=key,
