@@ -16,12 +16,13 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib import metadata
-from pathlib import Path
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from dflash_jax.nn.product import cpu_says
 
 Work = Callable[[], Any]
 Clock = Literal["wall_s", "cpu_s"]
@@ -170,16 +171,10 @@ def peak_memory_bytes() -> dict[str, int | None]:
 
 
 def _processor() -> str | None:
-    """What the CPU calls itself, and which products of 8 and 16 bits it has; None where Linux does not say."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace").splitlines()
-    except OSError:
-        return None
-    said = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in reversed(lines))}
-    if "model name" not in said:
-        return None
-    kinds = [kind for kind in ("avx2", "avx512_bf16", "amx_bf16") if kind in said.get("flags", "").split()]
-    return ", ".join([said["model name"], *kinds[-1:]])
+    """What the CPU calls itself, and the widest products that it has; None where Linux does not say."""
+    flags = cpu_says("flags").split()
+    kinds = [kind for kind in ("avx2", "avx512_bf16", "amx_bf16") if kind in flags]
+    return ", ".join([cpu_says("model name"), *kinds[-1:]]) or None
 
 
 def machine(libraries: Sequence[str] = ("jax", "jaxlib")) -> dict[str, Any]:

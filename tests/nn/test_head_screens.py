@@ -1,5 +1,6 @@
 """Screens of 16 and of 8 bits: bounds that hold, and the tokens of the whole head."""
 
+import sys
 from functools import partial
 
 import jax
@@ -264,6 +265,18 @@ def test_few_rows_meet_8_bits_and_many_16():
         assert [
             dtype for dtype in ("i8", "bf16") if f"{dtype}[{2 * rows if dtype == 'i8' else rows}," in asked(rows)
         ] == [bits]
+    assert "i8[8," in asked(3)  # of which six rows would be dearer
+
+
+@pytest.mark.parametrize(
+    ("flags", "fast", "few_rows"),
+    [("fpu avx2", False, 8), ("avx512_bf16 avx512_vnni", True, 8), ("avx512_bf16 amx_int8", True, 32)],
+)
+def test_what_a_cpu_has_says_which_screen_it_meets(monkeypatch, flags, fast, few_rows):
+    # the package has a function of the module's name
+    monkeypatch.setattr(sys.modules["dflash_jax.nn.product"], "cpu_says", {"flags": flags}.get)
+    assert has_fast_16_bit_products() == fast
+    assert few_rows_for_8_bits() == few_rows
 
 
 def test_many_rows_make_a_screen_of_their_own_where_one_pays():

@@ -76,20 +76,22 @@ def on_one_cpu() -> bool:
 
 
 @functools.cache
-def _cpu_flags() -> frozenset[str]:
-    """What the processor says it has; nothing where /proc/cpuinfo does not say (not Linux, not x86)."""
+def cpu_says(name: str) -> str:
+    """Return what Linux says of the first processor: "model name", "flags"; "" where it does not say."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace").splitlines()
     except OSError:
-        return frozenset()
-    return frozenset(next((line for line in lines if line.startswith("flags")), "").split())
+        return ""
+    said = (line.partition(":") for line in lines)
+    return next((value.strip() for key, _, value in said if key.strip() == name), "")
 
 
 def has_fast_16_bit_products() -> bool:
     """Whether 16-bit operands are multiplied faster than float32 ones: on a CPU, where AVX-512 or AMX has bfloat16."""
-    return jax.default_backend() != "cpu" or "avx512_bf16" in _cpu_flags()  # who has AMX has that too
+    # who has AMX has the other too
+    return jax.default_backend() != "cpu" or "avx512_bf16" in cpu_says("flags").split()
 
 
 def has_tiles() -> bool:
     """Whether a CPU multiplies 8-bit operands by tiles (AMX), several times as fast as by vectors."""
-    return "amx_int8" in _cpu_flags()
+    return "amx_int8" in cpu_says("flags").split()

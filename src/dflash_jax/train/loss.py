@@ -1,6 +1,7 @@
 """The DFlash losses: weighted cross-entropy or KL of many blocks per sequence over the target's frozen head."""
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, get_args
 
 import equinox as eqx
@@ -129,11 +130,15 @@ class _Slots(eqx.Module):
     probabilities: Float[Array, "*batch anchor drafted top"]
 
 
-def _draw_slots(sequences: StoredSequence, count: int, *, block_size: int, soft: bool, key: PRNGKeyArray) -> _Slots:
+def _draw_slots(
+    sequences: StoredSequence, most: int, *, block_size: int, objective: Objective, key: PRNGKeyArray
+) -> _Slots:
+    count, is_soft = min(most, sequences.token_ids.shape[1]), objective.loss == "kl"
+
     def one(sequence: StoredSequence, key: PRNGKeyArray) -> _Slots:
         anchors, valid = draw_anchors(eligible_anchors(sequence), count, key=key)
         target = block_labels(sequence, anchors, block_size=block_size)
-        if soft:
+        if is_soft:
             ids, probabilities = block_distributions(sequence, anchors, block_size=block_size)
         else:
             ids, probabilities = target.labels[..., None], jnp.ones((*target.labels.shape, 1), jnp.float32)
@@ -179,16 +184,15 @@ class _Sums(eqx.Module):
 
 
 def _weighted_sum(
+    objective: Objective,
+    compute: Compute,
+    mesh: Mesh | None,
     drafter: Drafter,
     embed_tokens: Float[Array, "vocab hidden"],
     head: Float[Array, "vocab hidden"],
     sequences: StoredSequence,
     slots: _Slots,
-    *,
-    objective: Objective,
     sample_key: PRNGKeyArray,
-    compute: Compute,
-    mesh: Mesh | None,
 ) -> tuple[Float[Array, ""], _Sums]:
     """The sum of `w * L` over the slots of some sequences, and what it is divided by and reported with."""
     slots = pin(slots, BLOCKS, mesh)
@@ -261,28 +265,11 @@ def block_loss(
         compute: how the drafter is computed; the loss is float32.
         mesh: devices that the sequences, blocks and the head are split over; None is one device.
     """
-    slots = _slots_of(drafter, sequences, anchors_per_sequence, objective, key)
-    total, sums = _weighted_sum(
-        drafter,
-        embed_tokens,
-        head,
-        sequences,
-        slots,
-        objective=objective,
-        sample_key=jax.random.fold_in(key, 1),
-        compute=compute,
-        mesh=mesh,
-    )
+    block_size, weighted = drafter.config.block_size, partial(_weighted_sum, objective, compute, mesh)
+    slots = _draw_slots(sequences, anchors_per_sequence, block_size=block_size, objective=objective, key=key)
+    total, sums = weighted(drafter, embed_tokens, head, sequences, slots, jax.random.fold_in(key, 1))
     loss = total / sums.denominator(objective)
     return loss, sums.statistics(loss)
-
-
-def _slots_of(
-    drafter: Drafter, sequences: StoredSequence, anchors_per_sequence: int, objective: Objective, key: PRNGKeyArray
-) -> _Slots:
-    count = min(anchors_per_sequence, sequences.token_ids.shape[1])
-    block_size, is_soft = drafter.config.block_size, objective.loss == "kl"
-    return _draw_slots(sequences, count, block_size=block_size, soft=is_soft, key=key)
 
 
 def loss_gradient(
@@ -316,40 +303,27 @@ def loss_gradient(
         mesh: likewise; every device takes some sequences of every part.
     """
     if parts == 1:
+        settings = {"objective": objective, "key": key, "compute": compute, "mesh": mesh}
         (_, statistics), gradient = jax.value_and_grad(block_loss, has_aux=True)(
-            drafter,
-            embed_tokens,
-            head,
-            sequences,
-            anchors_per_sequence=anchors_per_sequence,
-            objective=objective,
-            key=key,
-            compute=compute,
-            mesh=mesh,
+            drafter, embed_tokens, head, sequences, anchors_per_sequence=anchors_per_sequence, **settings
         )
         return gradient, statistics
-    slots = _slots_of(drafter, sequences, anchors_per_sequence, objective, key)
+    block_size, weighted = drafter.config.block_size, partial(_weighted_sum, objective, compute, mesh)
+    slots = _draw_slots(sequences, anchors_per_sequence, block_size=block_size, objective=objective, key=key)
     # part p has sequences p, p + parts, ...: where the batch is split over devices, each has its share of all parts
     apart = jax.tree_util.tree_map(lambda leaf: leaf.reshape(-1, parts, *leaf.shape[1:]), (sequences, slots))
 
     def one(added: Any, part: Int32[Array, ""]) -> tuple[Any, None]:
         some, own = jax.tree_util.tree_map(lambda leaf: lax.dynamic_index_in_dim(leaf, part, 1, keepdims=False), apart)
-        (total, sums), gradient = jax.value_and_grad(_weighted_sum, has_aux=True)(
-            drafter,
-            embed_tokens,
-            head,
-            pin(some, BLOCKS[:1], mesh),
-            own,
-            objective=objective,
-            sample_key=jax.random.fold_in(jax.random.fold_in(key, 1), part),
-            compute=compute,
-            mesh=mesh,
+        sample_key = jax.random.fold_in(jax.random.fold_in(key, 1), part)
+        (total, sums), gradient = jax.value_and_grad(weighted, has_aux=True)(
+            drafter, embed_tokens, head, pin(some, BLOCKS[:1], mesh), own, sample_key
         )
         new = pin(gradient, MOMENTS, mesh), total, sums
         return jax.tree_util.tree_map(jnp.add, added, new), None
 
     zeros = jax.tree_util.tree_map(jnp.zeros_like, drafter)
-    none = jnp.zeros(drafter.config.block_size - 1, jnp.float32)
+    none = jnp.zeros(block_size - 1, jnp.float32)
     start = pin(zeros, MOMENTS, mesh), jnp.float32(0), _Sums(weight=jnp.float32(0), hits=none, labels=none)
     (gradient, total, sums), _ = lax.scan(one, start, jnp.arange(parts, dtype=jnp.int32))
     divided_by = sums.denominator(objective)
