@@ -16,6 +16,7 @@ KEEP_MEMORY := GLIBC_TUNABLES=glibc.malloc.hugetlb=1 MALLOC_ARENA_MAX=1 MALLOC_M
 # xdist's own order, by the number of tests, would begin them last.
 PYTEST = $(KEEP_MEMORY) $(DEV)/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
+comma := ,
 RUN := .venv
 DEV := .venv-dev
 CODE := src tests benchmarks recipes
@@ -40,10 +41,10 @@ define install
 endef
 
 $(RUN)/installed: $(SOURCES)
-	$(call install,$(RUN),.,requirements-nodeps.txt)
+	$(call install,$(RUN),.[cpu],requirements-nodeps.txt)
 
 $(DEV)/installed: $(SOURCES) requirements-nodeps-dev.txt
-	$(call install,$(DEV),.[dev],requirements-nodeps.txt requirements-nodeps-dev.txt)
+	$(call install,$(DEV),.[cpu$(comma)dev],requirements-nodeps.txt requirements-nodeps-dev.txt)
 
 demo: $(RUN)/installed
 	$(KEEP_MEMORY) $(RUN)/bin/dflash-jax demo --out $(DEMO_OUT)

@@ -11,10 +11,14 @@ from pathlib import Path
 
 import pytest
 
+from dflash_jax.nn.product import cpu_says
+
 TESTS = Path(__file__).parent.parent
 FILES = [
     f"nn/test_{name}.py" for name in ("product", "norm_mlp", "attention", "blocks", "head", "head_screens", "rope")
 ]
+if "avx512f" in cpu_says("flags").split():
+    FILES.append("nn/test_rows_kernel.py")
 
 
 @pytest.mark.slow

@@ -1,3 +1,5 @@
+import importlib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -5,6 +7,12 @@ import pytest
 
 from dflash_jax.nn import product
 from dflash_jax.nn.product import on_one_cpu, rows_product
+
+
+@pytest.fixture
+def without_kernel(monkeypatch):
+    """XLA's own products of few rows, which are what is left where `nn.rows_kernel` cannot be."""
+    monkeypatch.setattr(importlib.import_module("dflash_jax.nn.product"), "rows_kernel", lambda: None)
 
 
 def test_product_is_einsum():
@@ -28,7 +36,10 @@ def test_16_bit_products_are_summed_in_float32_on_a_cpu():
 
 @pytest.mark.parametrize("rows", [(), (1,), (2,), (5,), (3, 4), (28,), (8, 1), (4, 16), (65,)], ids=str)
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=str)
-def test_rows_product(rows: tuple[int, ...], dtype: jnp.dtype):
+@pytest.mark.parametrize("kernel", ["with the kernel", "without it"])
+def test_rows_product(rows: tuple[int, ...], dtype: jnp.dtype, kernel: str, request: pytest.FixtureRequest):
+    if kernel == "without it":
+        request.getfixturevalue("without_kernel")
     rng = np.random.default_rng(0)
     x = jnp.asarray(rng.normal(size=(*rows, 48)), dtype)
     weight = jnp.asarray(rng.normal(size=(40, 48)), dtype)
@@ -42,9 +53,12 @@ def test_rows_product(rows: tuple[int, ...], dtype: jnp.dtype):
 
 
 @pytest.mark.skipif(not on_one_cpu(), reason="it is one CPU that repacks the second operand")
+@pytest.mark.usefixtures("without_kernel")
 def test_rows_product_keeps_weights_first():
     """XLA's simplifier would put the rows first again; compiled, the product still begins with the weights."""
-    compiled = jax.jit(rows_product).lower(jnp.ones((8, 1, 48)), jnp.ones((40, 48))).compile().as_text()
+    compiled = (
+        jax.jit(lambda *given: rows_product(*given)).lower(jnp.ones((8, 1, 48)), jnp.ones((40, 48))).compile().as_text()
+    )
     (product_line,) = [line for line in str(compiled).splitlines() if " dot(" in line]
     assert "f32[40,8]" in product_line, product_line
 
@@ -53,6 +67,7 @@ def test_rows_product_keeps_weights_first():
 @pytest.mark.parametrize(
     ("rows", "multiplied"), [(2, 2), (3, 3), (4, 4), (5, 8), (9, 16), (16, 16), (17, 17), (24, 24), (25, 32), (33, 33)]
 )
+@pytest.mark.usefixtures("without_kernel")
 def test_rows_are_filled_up_to_what_a_kernel_takes_at_once(rows: int, multiplied: int):
-    jaxpr = jax.make_jaxpr(rows_product)(jnp.ones((rows, 48)), jnp.ones((40, 48)))
+    jaxpr = jax.make_jaxpr(lambda *given: rows_product(*given))(jnp.ones((rows, 48)), jnp.ones((40, 48)))
     assert f"f32[40,{multiplied}] = dot_general" in str(jaxpr)

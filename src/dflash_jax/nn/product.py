@@ -1,6 +1,9 @@
 """Products of the precision that their operands have, on every device."""
 
 import functools
+import importlib
+import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +35,7 @@ def product(terms: str, *operands: Float[Array, "..."], out: Any = None) -> Floa
 
 
 FEW_ROWS = 64
+_KERNEL = "dflash_jax.nn.rows_kernel"
 
 
 def _whole_tiles(rows: int) -> int:
@@ -51,7 +55,7 @@ def rows_product(
     On a CPU, XLA's kernels repack the second of a product's operands. With the rows first that is the weights, of which
     a decoding step reads every one once: up to `FEW_ROWS` float32 rows they come first. A single float32 row is a
     matrix-vector product and repacks nothing; a single 16-bit row has no such kernel and gets company. Figures are in
-    `docs/design/017-few-rows.md`.
+    `docs/design/017-few-rows.md`. Where `rows_kernel` is there, 2 to 16 float32 rows are its.
 
     Args:
         x: rows.
@@ -59,6 +63,9 @@ def rows_product(
         out: as in `product`.
     """
     rows, wide = x.size // x.shape[-1], x.dtype.itemsize >= 4
+    kernel = rows_kernel()
+    if kernel is not None and x.dtype == jnp.float32 and kernel.takes(rows, weight):
+        return kernel.kernel_product(x.reshape(rows, -1), weight).reshape(*x.shape[:-1], weight.shape[0])
     if on_one_cpu() and wide and 1 < rows <= FEW_ROWS:
         whole = jnp.pad(x.reshape(rows, -1), ((0, _whole_tiles(rows) - rows), (0, 0)))
         columns = product("oi,ri->or", weight, whole, out=out)
@@ -68,6 +75,23 @@ def rows_product(
         two = jnp.pad(x.reshape(1, -1), ((0, 1), (0, 0)))
         return product("ri,oi->ro", two, weight, out=out)[0].reshape(*x.shape[:-1], weight.shape[0])
     return product("...i,oi->...o", x, weight, out=out)
+
+
+@functools.cache
+def rows_kernel() -> Any:
+    """The module of the kernel for a few rows (`nn.rows_kernel`); None where it is no use or cannot be.
+
+    It is for one CPU with AVX-512, under Linux, with numba, the package's extra `cpu`.
+    """
+    if not (on_one_cpu() and sys.platform == "linux" and "avx512f" in cpu_says("flags").split()):
+        return None
+    try:
+        return importlib.import_module(_KERNEL)
+    except ImportError:
+        return None
+    except Exception as error:  # noqa: BLE001  (a numba or jaxlib that it does not know: XLA's products do as well)
+        warnings.warn(f"products of few rows go without their kernel, {_KERNEL}: {error}", stacklevel=2)
+        return None
 
 
 def on_one_cpu() -> bool:
