@@ -52,20 +52,30 @@ def rows_product(
 ) -> Float[Array, "*rows out_features"]:
     """Return `x @ weight.T` by the form that the device is fastest at.
 
-    On a CPU, XLA's kernels repack the second of a product's operands. With the rows first that is the weights, of which
-    a decoding step reads every one once: up to `FEW_ROWS` float32 rows they come first. A single float32 row is a
-    matrix-vector product and repacks nothing; a single 16-bit row has no such kernel and gets company. Figures are in
-    `docs/design/017-few-rows.md`. Where `rows_kernel` is there, 2 to 16 float32 rows are its.
+    2 to 12 float32 rows are the kernel's (`nn.rows_kernel`) where it can be; all others are XLA's.
 
     Args:
         x: rows.
         weight: stored `[out, in]`, of `x`'s dtype.
         out: as in `product`.
     """
-    rows, wide = x.size // x.shape[-1], x.dtype.itemsize >= 4
-    kernel = rows_kernel()
+    rows, kernel = x.size // x.shape[-1], rows_kernel()
     if kernel is not None and x.dtype == jnp.float32 and kernel.takes(rows, weight):
         return kernel.kernel_product(x.reshape(rows, -1), weight).reshape(*x.shape[:-1], weight.shape[0])
+    return rows_product_by_xla(x, weight, out=out)
+
+
+def rows_product_by_xla(
+    x: Float[Array, "*rows in_features"], weight: Float[Array, "out_features in_features"], *, out: Any = None
+) -> Float[Array, "*rows out_features"]:
+    """Return `x @ weight.T` by that form of XLA's products which the device is fastest at.
+
+    On a CPU, XLA's kernels repack the second of a product's operands. With the rows first that is the weights, of which
+    a decoding step reads every one once: up to `FEW_ROWS` float32 rows they come first. A single float32 row is a
+    matrix-vector product and repacks nothing; a single 16-bit row has no such kernel and gets company. Figures are in
+    `docs/design/017-few-rows.md`. Arguments are those of `rows_product`.
+    """
+    rows, wide = x.size // x.shape[-1], x.dtype.itemsize >= 4
     if on_one_cpu() and wide and 1 < rows <= FEW_ROWS:
         whole = jnp.pad(x.reshape(rows, -1), ((0, _whole_tiles(rows) - rows), (0, 0)))
         columns = product("oi,ri->or", weight, whole, out=out)

@@ -1,6 +1,6 @@
 """A few float32 rows against all weights as fast as they come out of memory: a kernel for CPUs with AVX-512.
 
-XLA's products of two to sixteen rows repack the weights first, which costs a third of their time and more
+XLA's products of two to twelve rows repack the weights first, which costs a third of their time and more
 (docs/design/024-rows-kernel.md). Here a tile of weights meets all rows while it is in registers. numba compiles the
 kernel when this module is imported (a second), XLA calls it as a custom call, and XLA's own threads share the work.
 
@@ -28,8 +28,8 @@ LANES = 16
 """Partial sums of one result: a vector register of AVX-512."""
 OUTPUTS = 2
 """Weight rows in a tile; a tile of 8 rows then holds 16 of the 32 vector registers."""
-MOST_ROWS = 16
-"""With more, XLA's products, which then repack for many, are as fast or faster."""
+MOST_ROWS = 12
+"""16 rows no longer stay in the first cache, and XLA's products are as fast."""
 CHUNKS = 8
 """Parts that a product's outputs are shared out in."""
 ALONE_BYTES = 2**17
