@@ -20,7 +20,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from common import Work, machine, paired_ratio, time_interleaved, write_result
-from dflash_jax.nn.product import rows_kernel, rows_product, rows_product_by_xla
+from dflash_jax.nn.product import host_kernel, rows_product, rows_product_by_xla
 
 WIDE, NARROW = 1536, 576
 Product = Callable[[Float[Array, "row inputs"], Float[Array, "outputs inputs"]], Float[Array, "row outputs"]]
@@ -57,10 +57,10 @@ def chain_of(product: Product) -> Callable[..., Array]:
 def main() -> int:
     """Run it."""
     options = parse()
-    if rows_kernel() is None:
+    weights, ours, xlas = weights_of(options.matrices), chain_of(rows_product), chain_of(rows_product_by_xla)
+    if host_kernel("rows_kernel", weights[0]) is None:
         sys.stderr.write("few_rows.py: the kernel is for one CPU with AVX-512, under Linux, with numba installed\n")
         return 2
-    weights, ours, xlas = weights_of(options.matrices), chain_of(rows_product), chain_of(rows_product_by_xla)
     inputs = {
         rows: jnp.asarray(np.random.default_rng(rows).standard_normal((rows, NARROW), dtype=np.float32))
         for rows in options.rows

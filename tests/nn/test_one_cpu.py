@@ -18,7 +18,7 @@ FILES = [
     f"nn/test_{name}.py" for name in ("product", "norm_mlp", "attention", "blocks", "head", "head_screens", "rope")
 ]
 if "avx512f" in cpu_says("flags").split():
-    FILES.append("nn/test_rows_kernel.py")
+    FILES += ["nn/test_rows_kernel.py", "nn/test_attention_kernel.py"]
 
 
 @pytest.mark.slow

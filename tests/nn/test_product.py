@@ -8,11 +8,7 @@ import pytest
 from dflash_jax.nn import product
 from dflash_jax.nn.product import on_one_cpu, rows_product
 
-
-@pytest.fixture
-def without_kernel(monkeypatch):
-    """XLA's own products of few rows, which are what is left where `nn.rows_kernel` cannot be."""
-    monkeypatch.setattr(importlib.import_module("dflash_jax.nn.product"), "rows_kernel", lambda: None)
+module = importlib.import_module("dflash_jax.nn.product")
 
 
 def test_product_is_einsum():
@@ -37,9 +33,8 @@ def test_16_bit_products_are_summed_in_float32_on_a_cpu():
 @pytest.mark.parametrize("rows", [(), (1,), (2,), (5,), (3, 4), (28,), (8, 1), (4, 16), (65,)], ids=str)
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=str)
 @pytest.mark.parametrize("kernel", ["with the kernel", "without it"])
-def test_rows_product(rows: tuple[int, ...], dtype: jnp.dtype, kernel: str, request: pytest.FixtureRequest):
-    if kernel == "without it":
-        request.getfixturevalue("without_kernel")
+def test_rows_product(rows: tuple[int, ...], dtype: jnp.dtype, kernel: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(module, "KERNEL_BYTES", 0 if kernel == "with the kernel" else 2**40)
     rng = np.random.default_rng(0)
     x = jnp.asarray(rng.normal(size=(*rows, 48)), dtype)
     weight = jnp.asarray(rng.normal(size=(40, 48)), dtype)
@@ -53,7 +48,6 @@ def test_rows_product(rows: tuple[int, ...], dtype: jnp.dtype, kernel: str, requ
 
 
 @pytest.mark.skipif(not on_one_cpu(), reason="it is one CPU that repacks the second operand")
-@pytest.mark.usefixtures("without_kernel")
 def test_rows_product_keeps_weights_first():
     """XLA's simplifier would put the rows first again; compiled, the product still begins with the weights."""
     compiled = (
@@ -67,7 +61,6 @@ def test_rows_product_keeps_weights_first():
 @pytest.mark.parametrize(
     ("rows", "multiplied"), [(2, 2), (3, 3), (4, 4), (5, 8), (9, 16), (16, 16), (17, 17), (24, 24), (25, 32), (33, 33)]
 )
-@pytest.mark.usefixtures("without_kernel")
 def test_rows_are_filled_up_to_what_a_kernel_takes_at_once(rows: int, multiplied: int):
     jaxpr = jax.make_jaxpr(lambda *given: rows_product(*given))(jnp.ones((rows, 48)), jnp.ones((40, 48)))
     assert f"f32[40,{multiplied}] = dot_general" in str(jaxpr)

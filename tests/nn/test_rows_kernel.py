@@ -14,7 +14,7 @@ from jax import lax
 from dflash_jax.nn.product import cpu_says, on_one_cpu, rows_product
 
 product = importlib.import_module("dflash_jax.nn.product")
-kernel = product.rows_kernel()
+kernel = product.host_kernel("rows_kernel", np.zeros(2**17))
 pytestmark = pytest.mark.skipif(kernel is None, reason="the kernel is for one CPU with AVX-512, with numba")
 
 
@@ -26,7 +26,7 @@ def made(x: jax.Array, weight: jax.Array) -> np.ndarray:
     return np.asarray(jax.jit(kernel.kernel_product)(x, weight))
 
 
-# alone, and shared out in chunks that are equal, unequal, and fewer than there are takers of
+# chunks that are equal, unequal, and empty
 SHAPES = [(2, 16), (6, 48), (578, 576), (1536, 576), (66, 512), (10, 16384), (256, 144)]
 
 
@@ -98,11 +98,10 @@ def test_many_threads_many_programs():
         assert all(pool.map(run, range(300)))
 
 
-@pytest.mark.parametrize("outputs", [2, 130], ids=["alone", "shared out"])
+@pytest.mark.parametrize("outputs", [2, 130])
 def test_jobs_are_freed(outputs: int):
     """A call gives back what it takes from the heap: 150,000 calls would keep 17 MB otherwise."""
     weight, x = random(outputs, 256), random(2, 256)
-    assert (weight.nbytes > kernel.ALONE_BYTES) == (outputs == 130)
 
     @jax.jit
     def many(x):
@@ -118,17 +117,18 @@ def test_jobs_are_freed(outputs: int):
 @pytest.mark.parametrize(
     ("rows", "weight", "taken"),
     [
-        (2, jnp.ones((40, 48)), True),
-        (12, jnp.ones((40, 48)), True),
-        (1, jnp.ones((40, 48)), False),
-        (13, jnp.ones((40, 48)), False),
-        (4, jnp.ones((41, 48)), False),
-        (4, jnp.ones((40, 40)), False),
-        (4, jnp.ones((40, 48), jnp.bfloat16), False),
+        (2, jnp.ones((512, 64)), True),
+        (12, jnp.ones((512, 64)), True),
+        (1, jnp.ones((512, 64)), False),
+        (13, jnp.ones((512, 64)), False),
+        (4, jnp.ones((513, 64)), False),
+        (4, jnp.ones((512, 72)), False),
+        (4, jnp.ones((512, 64), jnp.bfloat16), False),
     ],
 )
 def test_what_the_kernel_takes(rows, weight, taken):
     assert kernel.takes(rows, weight) == taken
+    assert product.host_kernel("rows_kernel", weight[:256]) is None  # too small
     x = jnp.ones((rows, weight.shape[1]), weight.dtype)
     assert (kernel.NAME in str(jax.make_jaxpr(lambda *given: rows_product(*given))(x, weight))) == taken
     np.testing.assert_array_equal(rows_product(x, weight).astype(jnp.float32), weight.shape[1])
@@ -136,20 +136,19 @@ def test_what_the_kernel_takes(rows, weight, taken):
 
 @pytest.mark.parametrize("fault", [ImportError("no numba"), OSError("no libc")])
 def test_without_the_kernel_xla_multiplies(monkeypatch, fault):
-    monkeypatch.setattr(product, "rows_kernel", product.rows_kernel.__wrapped__)
+    monkeypatch.setattr(product, "_host_kernel", product._host_kernel.__wrapped__)
+    x, weight = jnp.ones((4, 64)), jnp.ones((512, 64))
 
     def fail(_):
         raise fault
 
     monkeypatch.setattr(product.importlib, "import_module", fail)
     if isinstance(fault, ImportError):
-        assert product.rows_kernel() is None
-        assert kernel.NAME not in str(
-            jax.make_jaxpr(lambda *given: rows_product(*given))(jnp.ones((4, 48)), jnp.ones((40, 48)))
-        )
+        assert product.host_kernel("rows_kernel", weight) is None
+        assert kernel.NAME not in str(jax.make_jaxpr(lambda *given: rows_product(*given))(x, weight))
     else:
-        with pytest.warns(UserWarning, match="go without their kernel.*no libc"):
-            assert product.rows_kernel() is None
+        with pytest.warns(UserWarning, match="without dflash_jax.nn.rows_kernel.*no libc"):
+            assert product.host_kernel("rows_kernel", weight) is None
 
 
 @pytest.mark.parametrize(
@@ -159,6 +158,6 @@ def test_without_the_kernel_xla_multiplies(monkeypatch, fault):
 def test_which_machines_have_it(monkeypatch, there, system, flags):
     monkeypatch.setattr(product, "cpu_says", lambda _: flags)
     monkeypatch.setattr(sys, "platform", system)
-    assert (product.rows_kernel.__wrapped__() is not None) == there
+    assert (product._host_kernel.__wrapped__("rows_kernel") is not None) == there
     assert on_one_cpu()
     assert "avx512f" in cpu_says("flags").split()

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int32
 
-from dflash_jax.nn.product import on_one_cpu, product
+from dflash_jax.nn.product import host_kernel, on_one_cpu, product
 
 QUERIES_PER_CHUNK = 256  # bounds the score matrix of a long prefill to batch * heads * 256 * capacity
 # A prefill is cut into at most so many spans, each of which meets only the keys up to its end: a quarter of what the
@@ -118,6 +118,9 @@ def causal_attention(
     softmax over scores and sink, the sink's share dropped).
     """
     batch, query, heads, head_dim = q.shape
+    kernel = host_kernel("attention_kernel", k)
+    if kernel is not None and kernel.takes(query, k):
+        return kernel.kernel_attention(q, k, v, starts, window=window, sinks=sinks)
 
     def chunk(
         q_chunk: Float[Array, "batch chunk heads head_dim"], first: Int32[Array, ""]

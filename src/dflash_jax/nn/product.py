@@ -35,7 +35,8 @@ def product(terms: str, *operands: Float[Array, "..."], out: Any = None) -> Floa
 
 
 FEW_ROWS = 64
-_KERNEL = "dflash_jax.nn.rows_kernel"
+KERNEL_BYTES = 2**17
+"""Of weights, or of a cache's keys; smaller ones do not leave the caches of a core between two steps."""
 
 
 def _whole_tiles(rows: int) -> int:
@@ -52,14 +53,15 @@ def rows_product(
 ) -> Float[Array, "*rows out_features"]:
     """Return `x @ weight.T` by the form that the device is fastest at.
 
-    2 to 12 float32 rows are the kernel's (`nn.rows_kernel`) where it can be; all others are XLA's.
+    2 to 12 float32 rows are the kernel's (`nn.rows_kernel`) where it can be and weights are not small; all others are
+    XLA's.
 
     Args:
         x: rows.
         weight: stored `[out, in]`, of `x`'s dtype.
         out: as in `product`.
     """
-    rows, kernel = x.size // x.shape[-1], rows_kernel()
+    rows, kernel = x.size // x.shape[-1], host_kernel("rows_kernel", weight)
     if kernel is not None and x.dtype == jnp.float32 and kernel.takes(rows, weight):
         return kernel.kernel_product(x.reshape(rows, -1), weight).reshape(*x.shape[:-1], weight.shape[0])
     return rows_product_by_xla(x, weight, out=out)
@@ -87,20 +89,29 @@ def rows_product_by_xla(
     return product("...i,oi->...o", x, weight, out=out)
 
 
-@functools.cache
-def rows_kernel() -> Any:
-    """The module of the kernel for a few rows (`nn.rows_kernel`); None where it is no use or cannot be.
+def host_kernel(name: str, array: Any) -> Any:
+    """A module of kernels for CPUs, `nn.rows_kernel` or `nn.attention_kernel`; None where it is no use or cannot be.
 
-    It is for one CPU with AVX-512, under Linux, with numba, the package's extra `cpu`.
+    They are for one CPU with AVX-512, under Linux, with numba, the package's extra `cpu`, and are compiled, in a second
+    or two, when they are first asked for: not for a small model.
+
+    Args:
+        name: of the module.
+        array: what is read, of which there must be `KERNEL_BYTES`.
     """
+    return _host_kernel(name) if array.size * array.dtype.itemsize >= KERNEL_BYTES else None
+
+
+@functools.cache
+def _host_kernel(name: str) -> Any:
     if not (on_one_cpu() and sys.platform == "linux" and "avx512f" in cpu_says("flags").split()):
         return None
     try:
-        return importlib.import_module(_KERNEL)
+        return importlib.import_module(f"dflash_jax.nn.{name}")
     except ImportError:
         return None
-    except Exception as error:  # noqa: BLE001  (a numba or jaxlib that it does not know: XLA's products do as well)
-        warnings.warn(f"products of few rows go without their kernel, {_KERNEL}: {error}", stacklevel=2)
+    except Exception as error:  # noqa: BLE001  (a numba or jaxlib that it does not know: XLA's own do as well)
+        warnings.warn(f"without dflash_jax.nn.{name}, whose part XLA takes: {error}", stacklevel=2)
         return None
 
 

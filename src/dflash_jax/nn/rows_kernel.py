@@ -6,13 +6,8 @@ kernel when this module is imported (a second), XLA calls it as a custom call, a
 
 Every sum is made of the same 16 partial sums in the same order, however many rows there are and whichever thread takes
 them: a row's result does not depend, in any bit, on the rows beside it.
-
-What a call hands over is read as 8-byte words, by the layout in jaxlib's `include/xla/ffi/api/c_api.h` (version 0.3 of
-XLA's FFI). numba is an extra of the package (`cpu`): `product.rows_product` imports this module where it is installed.
 """
 
-import ctypes
-import os
 from typing import Any, no_type_check
 
 import jax
@@ -20,155 +15,68 @@ import jax.numpy as jnp
 import numba
 from jaxtyping import Array, Float
 from llvmlite import ir
-from numba.core import cgutils, types
+from numba.core import types
 from numba.extending import intrinsic
 
+from dflash_jax.nn import host_call
+from dflash_jax.nn.host_call import (
+    JOB_FIRST,
+    LANES,
+    WORD_TYPE,
+    added_up,
+    call_llvm,
+    every_lane,
+    lanes_at,
+    loop,
+    multiply_add,
+    number_at,
+)
+
 NAME = "dflash_jax_rows_product"
-LANES = 16
-"""Partial sums of one result: a vector register of AVX-512."""
 OUTPUTS = 2
 """Weight rows in a tile; a tile of 8 rows then holds 16 of the 32 vector registers."""
 MOST_ROWS = 12
 """16 rows no longer stay in the first cache, and XLA's products are as fast."""
 CHUNKS = 8
 """Parts that a product's outputs are shared out in."""
-ALONE_BYTES = 2**17
-"""Weights of so few bytes are done before another thread has woken."""
-HELPERS = min(len(os.sched_getaffinity(0)), CHUNKS) - 1 if hasattr(os, "sched_getaffinity") else 0
-"""Threads that are asked for help: memory is the limit, and a few cores reach it."""
-SPINS_BEFORE_YIELD = 256
-
-FFI_MINOR_VERSION = 3
-# words of XLA's structs
-FRAME_EXTENSION, FRAME_API, FRAME_CONTEXT, FRAME_ARGUMENTS, FRAME_RESULTS = 1, 2, 3, 9, 14
-BUFFER_DATA, BUFFER_DIMENSIONS = 3, 5
-EXTENSION_METADATA, METADATA_VERSION, METADATA_TRAITS, METADATA_STATE = 3, 3, 4, 5
-API_ERROR_DESTROY, API_SCHEDULE = 6 + 2, 6 + 11
-# words of a job: what several threads share of one product
-JOB_HOLDERS, JOB_NEXT, JOB_DONE, JOB_WEIGHT, JOB_X, JOB_OUT, JOB_ROWS, JOB_OUTPUTS, JOB_INPUTS, JOB_WORDS = range(10)
-WORD = 8
-
-_words = types.CPointer(types.int64)
-_address = types.int64
-_libc = ctypes.CDLL(None)
-_malloc, _free, _yield = _libc.malloc, _libc.free, _libc.sched_yield
-_malloc.argtypes, _malloc.restype = [ctypes.c_int64], ctypes.c_int64
-_free.argtypes, _free.restype = [ctypes.c_int64], None
-_yield.argtypes, _yield.restype = [], ctypes.c_int
-
-
-@intrinsic
-@no_type_check
-def _words_at(context, address):
-    """The words at an address."""
-
-    def build(context, builder, signature, values):
-        return builder.inttoptr(values[0], context.get_value_type(signature.return_type))
-
-    return _words(_address), build
-
-
-@intrinsic
-@no_type_check
-def _fetch_add(context, address, number):
-    """Add to the word at an address, atomically; what was there before."""
-
-    def build(context, builder, signature, values):
-        word = builder.inttoptr(values[0], ir.IntType(64).as_pointer())
-        return builder.atomic_rmw("add", word, values[1], "acq_rel")
-
-    return types.int64(_address, types.int64), build
-
-
-@intrinsic
-@no_type_check
-def _load(context, address):
-    """The word at an address, and all that was written before it."""
-
-    def build(context, builder, signature, values):
-        return builder.load_atomic(builder.inttoptr(values[0], ir.IntType(64).as_pointer()), "acquire", WORD)
-
-    return types.int64(_address), build
-
-
-@intrinsic
-@no_type_check
-def _call(context, function, argument):
-    """Call the C function at an address with one word; the word that it returns."""
-
-    def build(context, builder, signature, values):
-        form = ir.FunctionType(ir.IntType(64), [ir.IntType(64)])
-        return builder.call(builder.inttoptr(values[0], form.as_pointer()), [values[1]])
-
-    return types.int64(_address, types.int64), build
-
-
-@intrinsic
-@no_type_check
-def _pause(context):
-    """Let the other thread of a core go on for a moment."""
-
-    def build(context, builder, signature, values):
-        form = ir.FunctionType(ir.VoidType(), [])
-        builder.call(cgutils.get_or_insert_function(builder.module, form, "llvm.x86.sse2.pause"), [])
-        return context.get_dummy_value()
-
-    return types.void(), build
+WEIGHT, X, OUT, ROWS, OUTPUT_COUNT, INPUTS, JOB_WORDS = range(JOB_FIRST, JOB_FIRST + 7)
+"""Words of a job: where weights, rows and results lie; sizes."""
 
 
 @no_type_check
-def _tile(num_rows: int) -> Any:
+def tile(num_rows: int) -> Any:
     """`OUTPUTS` weight rows times `num_rows` rows, as a function of addresses: weights, rows, results; inputs; outputs.
 
     The inputs are walked by `LANES`; a lane is one running sum. The weights of the next tile are fetched meanwhile.
     """
-    number, lanes = ir.FloatType(), ir.VectorType(ir.FloatType(), LANES)
-    word, byte, half = ir.IntType(64), ir.IntType(8).as_pointer(), ir.IntType(32)
+    places = [(output, row) for output in range(OUTPUTS) for row in range(num_rows)]
 
     def build(context, builder, signature, values):
-        def function(name, result, *arguments):
-            return cgutils.get_or_insert_function(builder.module, ir.FunctionType(result, arguments), name)
-
-        def lanes_at(base, row):
-            return builder.add(builder.add(base, builder.mul(row_bytes, word(row))), at)
-
-        multiply_add = function(f"llvm.fma.v{LANES}f32", lanes, lanes, lanes, lanes)
-        add_up = function(f"llvm.vector.reduce.fadd.v{LANES}f32", number, number, lanes)
-        fetch = function("llvm.prefetch.p0", ir.VoidType(), byte, half, half, half)
         weights, rows, results, inputs, outputs = values
-        row_bytes = builder.mul(inputs, word(4))
-        tile = [(output, row) for output in range(OUTPUTS) for row in range(num_rows)]
-        before, loop, after = builder.block, builder.append_basic_block(), builder.append_basic_block()
-        builder.branch(loop)
-        builder.position_at_end(loop)
-        at = builder.phi(word)
-        at.add_incoming(word(0), before)
-        sums = {place: builder.phi(lanes) for place in tile}
-        loaded = [
-            builder.load(builder.inttoptr(lanes_at(weights, output), lanes.as_pointer()), align=4)
-            for output in range(OUTPUTS)
-        ]
-        for output in range(OUTPUTS):
-            ahead = builder.inttoptr(lanes_at(weights, OUTPUTS + output), byte)
-            builder.call(fetch, [ahead, half(0), half(3), half(1)])
-        added = {}
-        for row in range(num_rows):
-            x = builder.load(builder.inttoptr(lanes_at(rows, row), lanes.as_pointer()), align=4)
+        row_bytes = builder.mul(inputs, WORD_TYPE(4))
+
+        def row_at(base, row, at):
+            return lanes_at(builder, base, builder.mul(row_bytes, WORD_TYPE(row)), at)
+
+        def fetch(address):
+            byte, flag = ir.IntType(8).as_pointer(), ir.IntType(32)
+            where = builder.bitcast(address, byte)
+            call_llvm(builder, "llvm.prefetch.p0", ir.VoidType(), where, flag(0), flag(3), flag(1))
+
+        def walk(at, sums):
+            loaded = [builder.load(row_at(weights, output, at), align=4) for output in range(OUTPUTS)]
             for output in range(OUTPUTS):
-                added[output, row] = builder.call(multiply_add, [loaded[output], x, sums[output, row]])
-        following = builder.add(at, word(4 * LANES))
-        at.add_incoming(following, loop)
-        for place in tile:
-            sums[place].add_incoming(ir.Constant(lanes, None), before)
-            sums[place].add_incoming(added[place], loop)
-        builder.cbranch(builder.icmp_signed("<", following, row_bytes), loop, after)
-        builder.position_at_end(after)
-        for output, row in tile:
-            total = builder.call(add_up, [ir.Constant(number, -0.0), added[output, row]], fastmath=("reassoc",))
-            place = builder.add(
-                results, builder.mul(word(4), builder.add(builder.mul(outputs, word(row)), word(output)))
-            )
-            builder.store(total, builder.inttoptr(place, number.as_pointer()), align=4)
+                fetch(row_at(weights, OUTPUTS + output, at))
+            x = [builder.load(row_at(rows, row, at), align=4) for row in range(num_rows)]
+            return [
+                multiply_add(builder, loaded[output], x[row], total)
+                for (output, row), total in zip(places, sums, strict=True)
+            ]
+
+        sums = loop(builder, row_bytes, 4 * LANES, [every_lane(0.0)] * len(places), walk)
+        for (output, row), total in zip(places, sums, strict=True):
+            place = builder.mul(WORD_TYPE(4), builder.add(builder.mul(outputs, WORD_TYPE(row)), WORD_TYPE(output)))
+            builder.store(added_up(builder, total), number_at(builder, results, place), align=4)
         return context.get_dummy_value()
 
     def typed(context, weights, rows, results, inputs, outputs):
@@ -177,121 +85,49 @@ def _tile(num_rows: int) -> Any:
     return intrinsic(typed)
 
 
-_tile8, _tile4, _tile2, _tile1 = (_tile(rows) for rows in (8, 4, 2, 1))
+tile8, tile4, tile2, tile1 = (tile(rows) for rows in (8, 4, 2, 1))
 
 
 @numba.njit
 @no_type_check
-def _outputs(job, first, last):
+def multiply_tile(weights, x, results, rows, inputs, outputs):
+    """`OUTPUTS` weight rows times all rows; of addresses, and of the results' row length."""
+    row = 0
+    while rows - row >= 8:
+        tile8(weights, x + 4 * row * inputs, results + 4 * row * outputs, inputs, outputs)
+        row += 8
+    if rows - row >= 4:
+        tile4(weights, x + 4 * row * inputs, results + 4 * row * outputs, inputs, outputs)
+        row += 4
+    if rows - row >= 2:
+        tile2(weights, x + 4 * row * inputs, results + 4 * row * outputs, inputs, outputs)
+        row += 2
+    if rows - row >= 1:
+        tile1(weights, x + 4 * row * inputs, results + 4 * row * outputs, inputs, outputs)
+
+
+@numba.njit
+@no_type_check
+def _do_chunk(words, chunk):
     """All rows' results of some outputs; a tile's weights stay in the first cache between its groups of rows."""
-    words = numba.carray(_words_at(job), (JOB_WORDS,))
-    weight, x, out = words[JOB_WEIGHT], words[JOB_X], words[JOB_OUT]
-    rows, outputs, inputs = words[JOB_ROWS], words[JOB_OUTPUTS], words[JOB_INPUTS]
-    for output in range(first, last, OUTPUTS):
-        weights, row = weight + 4 * output * inputs, 0
-        while rows - row >= 8:
-            _tile8(weights, x + 4 * row * inputs, out + 4 * (row * outputs + output), inputs, outputs)
-            row += 8
-        if rows - row >= 4:
-            _tile4(weights, x + 4 * row * inputs, out + 4 * (row * outputs + output), inputs, outputs)
-            row += 4
-        if rows - row >= 2:
-            _tile2(weights, x + 4 * row * inputs, out + 4 * (row * outputs + output), inputs, outputs)
-            row += 2
-        if rows - row >= 1:
-            _tile1(weights, x + 4 * row * inputs, out + 4 * (row * outputs + output), inputs, outputs)
+    weight, x, out = words[WEIGHT], words[X], words[OUT]
+    rows, outputs, inputs = words[ROWS], words[OUTPUT_COUNT], words[INPUTS]
+    tiles, chunks = outputs // OUTPUTS, words[host_call.JOB_CHUNKS]
+    for output in range(OUTPUTS * (tiles * chunk // chunks), OUTPUTS * (tiles * (chunk + 1) // chunks), OUTPUTS):
+        multiply_tile(weight + 4 * output * inputs, x, out + 4 * output, rows, inputs, outputs)
 
 
 @numba.njit
 @no_type_check
-def _take_chunks(job):
-    """Take chunks until none is left that nobody has taken."""
-    words = numba.carray(_words_at(job), (JOB_WORDS,))
-    tiles = words[JOB_OUTPUTS] // OUTPUTS
-    while True:
-        chunk = _fetch_add(job + WORD * JOB_NEXT, 1)
-        if chunk >= CHUNKS:
-            return
-        _outputs(job, OUTPUTS * (tiles * chunk // CHUNKS), OUTPUTS * (tiles * (chunk + 1) // CHUNKS))
-        _fetch_add(job + WORD * JOB_DONE, 1)
+def _begin(frame, words):
+    x, x_sizes = host_call.argument(frame, 0)
+    weight, sizes = host_call.argument(frame, 1)
+    words[WEIGHT], words[X], words[OUT] = weight, x, host_call.result(frame)
+    words[ROWS], words[OUTPUT_COUNT], words[INPUTS] = x_sizes[0], sizes[0], sizes[1]
+    return CHUNKS
 
 
-@numba.njit
-@no_type_check
-def _let_go(job):
-    """Whoever holds a job last frees it: a thread may come to it when all its chunks are long done."""
-    if _fetch_add(job + WORD * JOB_HOLDERS, -1) == 1:
-        _free(job)
-
-
-@numba.cfunc(types.int64(_address))
-@no_type_check
-def _help(job):
-    """What another thread does for a job."""
-    _take_chunks(job)
-    _let_go(job)
-    return 0
-
-
-_HELP = _help.address
-
-
-@numba.njit
-@no_type_check
-def _ask_for_help(frame, job):
-    """Have XLA's threads come to a job when they are free."""
-    api = numba.carray(_words_at(frame[FRAME_API]), (API_SCHEDULE + 1,))
-    for _ in range(HELPERS):
-        asked = numba.carray(_words_at(job + WORD * JOB_WORDS), (5,))
-        asked[0], asked[1], asked[2], asked[3], asked[4] = 5 * WORD, 0, frame[FRAME_CONTEXT], _HELP, job
-        error = _call(api[API_SCHEDULE], job + WORD * JOB_WORDS)
-        if error != 0:  # nobody will come
-            asked[0], asked[1], asked[2] = 3 * WORD, 0, error
-            _call(api[API_ERROR_DESTROY], job + WORD * JOB_WORDS)
-            _let_go(job)
-
-
-@numba.cfunc(types.int64(_words))
-@no_type_check
-def _handler(frame):
-    """What XLA calls: first to be told the version that this was written for, then for every product."""
-    frame = numba.carray(frame, (FRAME_RESULTS + 1,))
-    if frame[FRAME_EXTENSION] != 0:
-        metadata = numba.carray(_words_at(frame[FRAME_EXTENSION]), (4,))[EXTENSION_METADATA]
-        told = numba.carray(_words_at(metadata), (6,))
-        told[METADATA_VERSION], told[METADATA_TRAITS], told[METADATA_STATE] = FFI_MINOR_VERSION << 32, 0, 0
-        return 0
-    arguments = numba.carray(_words_at(frame[FRAME_ARGUMENTS]), (2,))
-    x = numba.carray(_words_at(arguments[0]), (6,))
-    weight = numba.carray(_words_at(arguments[1]), (6,))
-    out = numba.carray(_words_at(numba.carray(_words_at(frame[FRAME_RESULTS]), (1,))[0]), (6,))
-    sizes = numba.carray(_words_at(weight[BUFFER_DIMENSIONS]), (2,))
-    job = _malloc(WORD * (JOB_WORDS + 5))
-    words = numba.carray(_words_at(job), (JOB_WORDS,))
-    words[JOB_HOLDERS], words[JOB_NEXT], words[JOB_DONE] = 1 + HELPERS, 0, 0
-    words[JOB_WEIGHT], words[JOB_X], words[JOB_OUT] = weight[BUFFER_DATA], x[BUFFER_DATA], out[BUFFER_DATA]
-    words[JOB_ROWS] = numba.carray(_words_at(x[BUFFER_DIMENSIONS]), (2,))[0]
-    words[JOB_OUTPUTS], words[JOB_INPUTS] = sizes[0], sizes[1]
-    if HELPERS == 0 or 4 * sizes[0] * sizes[1] <= ALONE_BYTES:
-        _outputs(job, 0, sizes[0])
-        _free(job)
-        return 0
-    _ask_for_help(frame, job)
-    _take_chunks(job)
-    spins = 0
-    while _load(job + WORD * JOB_DONE) < CHUNKS:
-        spins += 1
-        if spins % SPINS_BEFORE_YIELD:
-            _pause()
-        else:
-            _yield()
-    _let_go(job)
-    return 0
-
-
-assert isinstance(_handler.address, int)
-_c_handler = ctypes.CFUNCTYPE(ctypes.c_int64, ctypes.c_void_p)(_handler.address)
-jax.ffi.register_ffi_target(NAME, jax.ffi.pycapsule(_c_handler), platform="cpu")
+host_call.register(NAME, job_words=JOB_WORDS, begin=_begin, do_chunk=_do_chunk)
 
 
 def takes(rows: int, weight: Any) -> bool:
