@@ -34,6 +34,10 @@ def inputs(batch: int, query: int, heads: int, kv_heads: int, capacity: int, hea
     return q, k, v, np.linspace(0, capacity - query, batch).astype(np.int32)  # the first and the last that fit
 
 
+def loop(q, k, v, starts, window=None, sinks=None) -> np.ndarray:
+    return oracle.causal_attention(np.asarray(q), np.asarray(k), np.asarray(v), starts.tolist(), window, sinks)
+
+
 def made(q, k, v, starts, *, window=None, sinks=None) -> np.ndarray:
     given = (jnp.asarray(part) for part in (q, k, v, starts))
     return np.asarray(causal(*given, window=window, sinks=None if sinks is None else jnp.asarray(sinks)))
@@ -59,7 +63,7 @@ def test_it_is_the_plain_loop(sizes, window, with_sinks):
         jax.make_jaxpr(lambda *given: causal_attention(*given))(*map(jnp.asarray, (q, k, v, starts)))
     )
     sinks = np.linspace(-3, 4, sizes[2]).astype(np.float32) if with_sinks else None
-    want = oracle.causal_attention(q, k, v, starts, window, sinks)
+    want = loop(q, k, v, starts, window, sinks)
     np.testing.assert_allclose(made(q, k, v, starts, window=window, sinks=sinks), want, atol=4e-6)
 
 
@@ -67,7 +71,7 @@ def test_it_is_the_plain_loop(sizes, window, with_sinks):
 def test_flat_and_sharp_softmaxes(scale):
     """From equal weights for all to a single key's, far below what exp can hold."""
     q, k, v, starts = inputs(2, 4, 6, 2, 200, 64, scale=scale)
-    want = oracle.causal_attention(q, k, v, starts, None, None)
+    want = loop(q, k, v, starts)
     # scores of up to `50 * scale` are rounded to 24 bits before the softmax
     np.testing.assert_allclose(made(q, k, v, starts), want, atol=max(4e-6, 1e-5 * scale), rtol=1e-5)
 
@@ -76,9 +80,7 @@ def test_bfloat16_queries_meet_a_float32_cache():
     q, k, v, starts = map(jnp.asarray, inputs(2, 2, 6, 2, 64, 64))
     found = causal(q.astype(jnp.bfloat16), k, v, starts)
     assert found.dtype == jnp.bfloat16
-    want = oracle.causal_attention(
-        *map(np.asarray, (q.astype(jnp.bfloat16).astype(jnp.float32), k, v, starts)), None, None
-    )
+    want = loop(q.astype(jnp.bfloat16).astype(jnp.float32), k, v, starts)
     np.testing.assert_allclose(found.astype(jnp.float32), want, atol=2e-2)
 
 

@@ -1,7 +1,7 @@
 """A few float32 rows against all weights as fast as they come out of memory: a kernel for CPUs with AVX-512.
 
 XLA's products of two to twelve rows repack the weights first, which costs a third of their time and more
-(docs/design/024-rows-kernel.md). Here a tile of weights meets all rows while it is in registers. numba compiles the
+(docs/design/024-cpu-kernels.md). Here a tile of weights meets all rows while it is in registers. numba compiles the
 kernel when this module is imported (a second), XLA calls it as a custom call, and XLA's own threads share the work.
 
 Every sum is made of the same 16 partial sums in the same order, however many rows there are and whichever thread takes
