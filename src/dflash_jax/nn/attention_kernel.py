@@ -148,8 +148,8 @@ _sum4, _sum1 = _summed_values(4), _summed_values(1)
 @no_type_check
 def _weigh(words, scores, stride, rows, first_head, sequence, lowest):
     """Scores of all rows to weights, 0 where a row does not see; every row's sum, behind its scores."""
-    start = numba.carray(host_call.words_at(words[STARTS] + 4 * sequence), (1,))[0] & 0x7FFFFFFF
-    sinks = numba.carray(host_call.floats_at(words[SINKS]), (words[KV_HEADS] * words[GROUP],))
+    start = host_call.words_of(words[STARTS] + 4 * sequence, 1)[0] & 0x7FFFFFFF
+    sinks = host_call.floats_of(words[SINKS], (words[KV_HEADS] * words[GROUP],))
     scale = numba.float32(1 / numba.float64(words[HEAD_DIM]) ** 0.5)
     count = stride - LANES
     for row in range(rows):
@@ -157,7 +157,7 @@ def _weigh(words, scores, stride, rows, first_head, sequence, lowest):
         last = start + query
         begin = max(0, last - words[WINDOW] + 1) if words[WINDOW] > 0 else 0
         at = scores + 4 * row * stride
-        own = numba.carray(host_call.floats_at(at), (stride,))
+        own = host_call.floats_of(at, (stride,))
         for key in range(begin - lowest):
             own[key] = UNSEEN
         for key in range(last + 1 - lowest, count):
@@ -174,7 +174,7 @@ def _exp_of(x, room):
     """The exponential of one number, by the same form: 0 for minus infinity. `room` holds a vector."""
     if x < LEAST:
         return numba.float32(0.0)
-    vector = numba.carray(host_call.floats_at(room), (LANES,))
+    vector = host_call.floats_of(room, (LANES,))
     for lane in range(LANES):
         vector[lane] = UNSEEN
     vector[0] = x
@@ -190,7 +190,7 @@ def _do_chunk(words, chunk):
     rows = queries if words[SPLIT] else group * queries
     heads = words[KV_HEADS] * group
     sequence, cached = first_head // heads, first_head // group
-    start = numba.carray(host_call.words_at(words[STARTS] + 4 * sequence), (1,))[0] & 0x7FFFFFFF
+    start = host_call.words_of(words[STARTS] + 4 * sequence, 1)[0] & 0x7FFFFFFF
     lowest = max(0, start - words[WINDOW] + 1) // OUTPUTS * OUTPUTS if words[WINDOW] > 0 else 0
     keys = start + queries - lowest
     stride = -(-keys // LANES) * LANES + LANES  # and a vector whose first number is the sum
@@ -211,8 +211,8 @@ def _do_chunk(words, chunk):
         while rows - row >= 1:
             _sum1(scores + 4 * row * stride, v + channel, out + row_bytes * row + channel, keys, 4 * stride, row_bytes)
             row += 1
-    sums = numba.carray(host_call.floats_at(scores), (rows, stride))
-    summed = numba.carray(host_call.floats_at(out), (rows, head_dim))
+    sums = host_call.floats_of(scores, (rows, stride))
+    summed = host_call.floats_of(out, (rows, head_dim))
     for row in range(rows):
         for channel in range(head_dim):
             summed[row, channel] /= sums[row, stride - LANES]
@@ -230,7 +230,7 @@ def _begin(frame, words):
         host_call.argument(frame, 4)[0],
         host_call.result(frame),
     )
-    words[WINDOW] = numba.carray(host_call.words_at(host_call.argument(frame, 5)[0]), (1,))[0] & 0x7FFFFFFF
+    words[WINDOW] = host_call.words_of(host_call.argument(frame, 5)[0], 1)[0] & 0x7FFFFFFF
     batch, words[KV_HEADS], words[GROUP], words[QUERIES] = q_sizes[0], q_sizes[1], q_sizes[2], q_sizes[3]
     words[CAPACITY], words[HEAD_DIM] = k_sizes[2], k_sizes[3]
     # few key-value heads do not share out evenly

@@ -28,7 +28,7 @@ LANES = 16
 
 WORD = 8
 JOB_HOLDERS, JOB_NEXT, JOB_DONE, JOB_CHUNKS, JOB_FIRST = range(5)
-"""Words of a job: who has not let go of it, the next chunk, those done, all; the kernel's own begin at JOB_FIRST."""
+"""Words of a job: who has not let go of it, the next chunk, those done, all; then the kernel's own."""
 
 # words of XLA's structs
 _FFI_MINOR_VERSION = 3
@@ -202,17 +202,31 @@ def _pause(context):
 
 @numba.njit
 @no_type_check
+def words_of(address, count):
+    """So many words at an address."""
+    return numba.carray(words_at(address), (count,))
+
+
+@numba.njit
+@no_type_check
+def floats_of(address, shape):
+    """float32 numbers at an address."""
+    return numba.carray(floats_at(address), shape)
+
+
+@numba.njit
+@no_type_check
 def argument(frame, number):
     """Where a call's operand lies, and its dimensions."""
-    buffer = numba.carray(words_at(numba.carray(words_at(frame[_FRAME_ARGUMENTS]), (number + 1,))[number]), (6,))
-    return buffer[_BUFFER_DATA], numba.carray(words_at(buffer[_BUFFER_DIMENSIONS]), (8,))
+    buffer = words_of(words_of(frame[_FRAME_ARGUMENTS], number + 1)[number], 6)
+    return buffer[_BUFFER_DATA], words_of(buffer[_BUFFER_DIMENSIONS], 8)
 
 
 @numba.njit
 @no_type_check
 def result(frame):
     """Where a call's one result goes."""
-    return numba.carray(words_at(numba.carray(words_at(frame[_FRAME_RESULTS]), (1,))[0]), (6,))[_BUFFER_DATA]
+    return words_of(words_of(frame[_FRAME_RESULTS], 1)[0], 6)[_BUFFER_DATA]
 
 
 @numba.njit
@@ -225,19 +239,10 @@ def _let_go(job):
 
 @numba.njit
 @no_type_check
-def _answer_metadata(frame):
-    """Tell XLA the version that this was written for."""
-    metadata = numba.carray(words_at(frame[_FRAME_EXTENSION]), (4,))[_EXTENSION_METADATA]
-    told = numba.carray(words_at(metadata), (6,))
-    told[_METADATA_VERSION], told[_METADATA_TRAITS], told[_METADATA_STATE] = _FFI_MINOR_VERSION << 32, 0, 0
-
-
-@numba.njit
-@no_type_check
 def _ask_for_help(frame, job, asked_at, helper):
     """Have XLA's threads come to a job when they are free."""
-    api = numba.carray(words_at(frame[_FRAME_API]), (_API_SCHEDULE + 1,))
-    asked = numba.carray(words_at(asked_at), (_ASKED_WORDS,))
+    api = words_of(frame[_FRAME_API], _API_SCHEDULE + 1)
+    asked = words_of(asked_at, _ASKED_WORDS)
     for _ in range(HELPERS):
         asked[0], asked[1], asked[2], asked[3], asked[4] = 5 * WORD, 0, frame[_FRAME_CONTEXT], helper, job
         error = _call(api[_API_SCHEDULE], asked_at)
@@ -245,6 +250,26 @@ def _ask_for_help(frame, job, asked_at, helper):
             asked[0], asked[1], asked[2] = 3 * WORD, 0, error
             _call(api[_API_ERROR_DESTROY], asked_at)
             _let_go(job)
+
+
+@numba.njit
+@no_type_check
+def _answer_metadata(frame):
+    """Tell XLA the version that this was written for."""
+    told = words_of(words_of(frame[_FRAME_EXTENSION], 4)[_EXTENSION_METADATA], 6)
+    told[_METADATA_VERSION], told[_METADATA_TRAITS], told[_METADATA_STATE] = _FFI_MINOR_VERSION << 32, 0, 0
+
+
+@numba.njit
+@no_type_check
+def _wait_for(done_at, chunks):
+    spins = 0
+    while _load(done_at) < chunks:
+        spins += 1
+        if spins % SPINS_BEFORE_YIELD:
+            _pause()
+        else:
+            _yield()
 
 
 @no_type_check
@@ -260,7 +285,7 @@ def register(name: str, *, job_words: int, begin: Callable[..., int], do_chunk: 
 
     @numba.njit
     def take_chunks(job):
-        words = numba.carray(words_at(job), (job_words,))
+        words = words_of(job, job_words)
         while True:
             chunk = _fetch_add(job + WORD * JOB_NEXT, 1)
             if chunk >= words[JOB_CHUNKS]:
@@ -276,27 +301,21 @@ def register(name: str, *, job_words: int, begin: Callable[..., int], do_chunk: 
 
     address = helper.address
 
-    @numba.cfunc(types.int64(WORDS))
-    def handler(frame):
-        frame = numba.carray(frame, (_FRAME_RESULTS + 1,))
+    @numba.cfunc(types.int64(types.int64))
+    def handler(frame_at):
+        frame = words_of(frame_at, _FRAME_RESULTS + 1)
         if frame[_FRAME_EXTENSION] != 0:
             _answer_metadata(frame)
             return 0
         job = malloc(WORD * (job_words + _ASKED_WORDS))
-        words = numba.carray(words_at(job), (job_words,))
+        words = words_of(job, job_words)
         chunks = begin(frame, words)
         words[JOB_HOLDERS], words[JOB_NEXT], words[JOB_DONE], words[JOB_CHUNKS] = 1, 0, 0, chunks
         if HELPERS > 0 and chunks > 1:
             words[JOB_HOLDERS] += HELPERS
             _ask_for_help(frame, job, job + WORD * job_words, address)
         take_chunks(job)
-        spins = 0
-        while _load(job + WORD * JOB_DONE) < chunks:
-            spins += 1
-            if spins % SPINS_BEFORE_YIELD:
-                _pause()
-            else:
-                _yield()
+        _wait_for(job + WORD * JOB_DONE, chunks)
         _let_go(job)
         return 0
 
