@@ -76,6 +76,24 @@ def test_flat_and_sharp_softmaxes(scale):
     np.testing.assert_allclose(made(q, k, v, starts), want, atol=max(4e-6, 1e-5 * scale), rtol=1e-5)
 
 
+def test_exponentials_are_numpys():
+    numba = importlib.import_module("numba")
+    weigh = kernel._weights
+
+    @numba.njit
+    def run(address, count, top, scale):
+        return weigh(address, count, top, scale)
+
+    x = -np.abs(np.concatenate([np.linspace(0, 1, 8000), np.linspace(0, 86.9, 8000)])).astype(np.float32)
+    made = x + np.float32(3)
+    total = run(made.ctypes.data, len(made), np.float32(3), np.float32(1))
+    exact = np.exp((x + np.float32(3) - np.float32(3)).astype(np.float64))
+    assert np.abs(made / exact - 1).max() < 2**-23
+    assert abs(total / exact.sum() - 1) < 1e-5
+    far = np.full(16, -1e30, np.float32)
+    assert run(far.ctypes.data, 16, np.float32(0), np.float32(1)) == 0
+
+
 def test_bfloat16_queries_meet_a_float32_cache():
     q, k, v, starts = map(jnp.asarray, inputs(2, 2, 6, 2, 64, 64))
     found = causal(q.astype(jnp.bfloat16), k, v, starts)

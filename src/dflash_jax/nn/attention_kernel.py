@@ -1,7 +1,7 @@
 """Attention of a few queries over the cache rows in use: a kernel for CPUs with AVX-512.
 
 XLA's products read a cache's whole capacity, turn some of it round, and mask what is not in use afterwards
-(docs/design/024-rows-kernel.md). Here every sequence and key-value head is a chunk of its own, which reads its rows in
+(docs/design/024-cpu-kernels.md). Here every sequence and key-value head is a chunk of its own, which reads its rows in
 use once: scores by the tiles of `rows_kernel`, a softmax in float32, and a weighted sum of values kept in registers.
 """
 
@@ -48,7 +48,7 @@ LEAST = -87.0  # its exponential is the smallest that is not 0 here
 
 @no_type_check
 def _exponential(builder, x):
-    """The exponentials of numbers up to 0, 0 below `LEAST`: 2^n times a polynomial of degree 7, an error below 2^-22.
+    """The exponentials of numbers up to 0, 0 below `LEAST`: 2^n times a polynomial of degree 7, errors below 2^-23.
 
     **Source:** the reduction by a power of two is Cody and Waite's, ln 2 in two parts.
     """
@@ -148,7 +148,7 @@ _sum4, _sum1 = _summed_values(4), _summed_values(1)
 @no_type_check
 def _weigh(words, scores, stride, rows, first_head, sequence, lowest):
     """Scores of all rows to weights, 0 where a row does not see; every row's sum, behind its scores."""
-    start = host_call.words_of(words[STARTS] + 4 * sequence, 1)[0] & 0x7FFFFFFF
+    start = host_call.integers_of(words[STARTS], sequence + 1)[sequence]
     sinks = host_call.floats_of(words[SINKS], (words[KV_HEADS] * words[GROUP],))
     scale = numba.float32(1 / numba.float64(words[HEAD_DIM]) ** 0.5)
     count = stride - LANES
@@ -190,7 +190,7 @@ def _do_chunk(words, chunk):
     rows = queries if words[SPLIT] else group * queries
     heads = words[KV_HEADS] * group
     sequence, cached = first_head // heads, first_head // group
-    start = host_call.words_of(words[STARTS] + 4 * sequence, 1)[0] & 0x7FFFFFFF
+    start = host_call.integers_of(words[STARTS], sequence + 1)[sequence]
     lowest = max(0, start - words[WINDOW] + 1) // OUTPUTS * OUTPUTS if words[WINDOW] > 0 else 0
     keys = start + queries - lowest
     stride = -(-keys // LANES) * LANES + LANES  # and a vector whose first number is the sum
@@ -230,7 +230,7 @@ def _begin(frame, words):
         host_call.argument(frame, 4)[0],
         host_call.result(frame),
     )
-    words[WINDOW] = host_call.words_of(host_call.argument(frame, 5)[0], 1)[0] & 0x7FFFFFFF
+    words[WINDOW] = host_call.integers_of(host_call.argument(frame, 5)[0], 1)[0]
     batch, words[KV_HEADS], words[GROUP], words[QUERIES] = q_sizes[0], q_sizes[1], q_sizes[2], q_sizes[3]
     words[CAPACITY], words[HEAD_DIM] = k_sizes[2], k_sizes[3]
     # few key-value heads do not share out evenly
@@ -257,16 +257,14 @@ def kernel_attention(
     window: int | None,
     sinks: Float[Array, " heads"] | None,
 ) -> Float[Array, "batch query heads head_dim"]:
-    """`causal_attention` of what `takes` says yes to, on a CPU; rows past a sequence's last query are not read.
+    """`causal_attention` of what `takes` says yes to, on a CPU. It has no derivative.
 
-    It has no derivative.
+    Of the rows past a sequence's last query one may be read, and means nothing.
     """
     batch, query, heads, head_dim = q.shape
     kv_heads = k.shape[1]
     rows = q.astype(jnp.float32).reshape(batch, query, kv_heads, heads // kv_heads, head_dim).transpose(0, 2, 3, 1, 4)
     pulled = jnp.full(heads, -jnp.inf, jnp.float32) if sinks is None else sinks.astype(jnp.float32)
-    reach = jnp.array([window or 0, 0], jnp.int32)
-    # a word is read where a start or the window lies: two numbers of 4 bytes
-    starts = jnp.append(starts, jnp.int32(0))
+    reach = jnp.array([window or 0], jnp.int32)
     out = jax.ffi.ffi_call(NAME, jax.ShapeDtypeStruct(rows.shape, jnp.float32))(rows, k, v, starts, pulled, reach)
     return out.transpose(0, 3, 1, 2, 4).reshape(q.shape).astype(q.dtype)

@@ -38,7 +38,6 @@ _EXTENSION_METADATA, _METADATA_VERSION, _METADATA_TRAITS, _METADATA_STATE = 3, 3
 _API_ERROR_DESTROY, _API_SCHEDULE = 6 + 2, 6 + 11
 _ASKED_WORDS = 5  # of the largest argument of XLA's functions
 
-WORDS = types.CPointer(types.int64)
 NUMBER, LANE_TYPE, LANE_NUMBERS = (
     ir.FloatType(),
     ir.VectorType(ir.FloatType(), LANES),
@@ -131,26 +130,20 @@ def loop(builder, end, step, carried, body):
     return following
 
 
-@intrinsic
 @no_type_check
-def words_at(context, address):
-    """The words at an address."""
+def _seen_as(kind):
+    """A function of an address that is what lies there, seen as numbers of a kind."""
 
     def build(context, builder, signature, values):
         return builder.inttoptr(values[0], context.get_value_type(signature.return_type))
 
-    return WORDS(types.int64), build
+    def typed(context, address):
+        return types.CPointer(kind)(types.int64), build
+
+    return intrinsic(typed)
 
 
-@intrinsic
-@no_type_check
-def floats_at(context, address):
-    """The float32 numbers at an address."""
-
-    def build(context, builder, signature, values):
-        return builder.inttoptr(values[0], context.get_value_type(signature.return_type))
-
-    return types.CPointer(types.float32)(types.int64), build
+_words_at, _halves_at, _floats_at = map(_seen_as, (types.int64, types.int32, types.float32))
 
 
 @intrinsic
@@ -204,14 +197,21 @@ def _pause(context):
 @no_type_check
 def words_of(address, count):
     """So many words at an address."""
-    return numba.carray(words_at(address), (count,))
+    return numba.carray(_words_at(address), (count,))
+
+
+@numba.njit
+@no_type_check
+def integers_of(address, count):
+    """So many int32 numbers at an address."""
+    return numba.carray(_halves_at(address), (count,))
 
 
 @numba.njit
 @no_type_check
 def floats_of(address, shape):
     """float32 numbers at an address."""
-    return numba.carray(floats_at(address), shape)
+    return numba.carray(_floats_at(address), shape)
 
 
 @numba.njit
