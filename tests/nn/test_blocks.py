@@ -1,5 +1,8 @@
 """Attention of blocks: against plain loops, in chunks and in one, forward and backward."""
 
+import re
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,6 +10,7 @@ import pytest
 
 from dflash_jax.nn import anchors_per_chunk, block_attention
 from dflash_jax.nn import blocks as blocks_module
+from dflash_jax.nn.product import has_fast_16_bit_products
 from oracles import attention as oracle
 from support.jaxprs import largest_array
 
@@ -235,11 +239,12 @@ def test_a_batch_is_its_sequences_one_by_one():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("head_dim", [4, 64])
-def test_bfloat16_products_have_float32_sums_and_bfloat16_gradients(head_dim):
-    inputs = block_inputs(context=400, head_dim=head_dim)
+@pytest.mark.parametrize(("head_dim", "anchors"), [(4, 3), (64, 3), (64, 16)])
+def test_bfloat16_products_have_float32_sums_and_bfloat16_gradients(head_dim, anchors):
+    inputs = block_inputs(anchors=anchors, context=400, head_dim=head_dim)
     q, context, block = jax.tree.map(lambda part: part.astype(jnp.bfloat16), inputs)
-    lengths, weights = ([400, 3, 90], [4, 2, 3]), normal(9, *q.shape)
+    lengths = [400, 3, 90, *range(400, 374, -2)][:anchors], [4, 2, 3, *[1, 4] * 6, 4][:anchors]
+    weights = normal(9, *q.shape)
     _, slopes = loss_and_slopes(q, context, lengths[0], block, lengths[1], weights)
     exact = jax.tree.map(lambda part: part.astype(np.float32), (q, context, block))
     _, want = loss_and_slopes(exact[0], exact[1], lengths[0], exact[2], lengths[1], weights)
@@ -247,6 +252,26 @@ def test_bfloat16_products_have_float32_sums_and_bfloat16_gradients(head_dim):
         assert got.dtype == jnp.bfloat16
         # weights, their slopes and the result are rounded by 2^-8 each
         np.testing.assert_allclose(got.astype(np.float32), wanted, atol=1.5e-2 * np.abs(wanted).max())
+
+
+@pytest.mark.skipif(
+    not (jax.default_backend() == "cpu" and has_fast_16_bit_products()), reason="it is a CPU that would widen them"
+)
+def test_gradients_of_the_context_are_16_bit_products_on_a_cpu():
+    """Sums over all queries: left to itself XLA widens both operands, and turns what they give round on the way."""
+    inputs = block_inputs(anchors=16, block=8, heads=9, kv_heads=3, context=256, head_dim=64)
+    q, context, block = jax.tree.map(lambda part: jnp.stack([jnp.asarray(part, jnp.bfloat16)] * 4), inputs)
+    lengths, weights = (jnp.full((4, 16), 256, jnp.int32), jnp.full((4, 16), 8, jnp.int32)), normal(9, *q.shape)
+
+    @jax.jit
+    @partial(jax.grad, argnums=(0, 1, 2))
+    def slopes(q, context, block):
+        return (block_attention(q, *context, lengths[0], *block, lengths[1]).astype(jnp.float32) * weights).sum()
+
+    compiled = str(slopes.lower(q, context, block).compile().as_text())
+    types = dict(re.findall(r"(%[\w.-]+) = (\w+\[[\d,]*\])", compiled))
+    sums = re.findall(r"= f32\[4,3,64,256\]\S* dot\((%[\w.-]+), (%[\w.-]+)\)", compiled)
+    assert [(types[first], types[second]) for first, second in sums] == [("bf16[4,3,64,384]", "bf16[4,3,384,256]")] * 2
 
 
 def test_chunks_are_equal_and_within_the_limit():

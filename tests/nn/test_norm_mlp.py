@@ -1,9 +1,12 @@
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from dflash_jax.nn import Linear, RMSNorm, SwiGLU
+from dflash_jax.nn.product import has_fast_16_bit_products, on_one_cpu
 
 
 def test_rmsnorm_by_hand():
@@ -65,6 +68,29 @@ def test_weights_wider_than_the_rows_have_gradients_that_were_never_narrow():
     np.testing.assert_allclose(of_norm.weight, scaled.sum(axis=0), rtol=0, atol=2e-5)
     want = rows @ np.asarray(layer.weight.astype(jnp.bfloat16), np.float64).T + 1
     np.testing.assert_allclose(np.asarray(out, np.float64).reshape(60, 5), want, atol=0.05)
+
+
+NARROW = jax.default_backend() == "cpu" and has_fast_16_bit_products()
+
+
+def dots_of(compiled: str) -> list[str]:
+    """Operands' types of every product of a compiled program."""
+    types = dict(re.findall(r"(%[\w.-]+) = (\w+)\[", compiled))
+    return [
+        f"{types[first]} {types[second]}" for first, second in re.findall(r" dot\((%[\w.-]+), (%[\w.-]+)\)", compiled)
+    ]
+
+
+@pytest.mark.skipif(not (NARROW and on_one_cpu()), reason="it is one CPU with 16-bit products that would widen them")
+def test_the_gradient_of_16_bit_weights_is_a_16_bit_product_on_a_cpu():
+    """Left to itself XLA widens both operands of it and takes twice the time."""
+    layer, x = Linear(weight=jnp.ones((64, 96))), jnp.ones((4, 32, 96), jnp.bfloat16)
+    slope = jax.jit(lambda layer, x, slope: jax.vjp(lambda layer: layer(x), layer)[1](slope))
+    compiled = slope.lower(layer, x, jnp.ones((4, 32, 64), jnp.bfloat16)).compile().as_text()
+    assert dots_of(str(compiled)) == ["bf16 bf16"]
+    # tiles of 16 do not fit: as XLA does it, and right
+    odd = jax.vjp(lambda layer: layer(x[:, :5]), layer)[1](jnp.ones((4, 5, 64), jnp.bfloat16))
+    np.testing.assert_array_equal(odd[0].weight, np.full((64, 96), 20.0))
 
 
 def test_swiglu_by_hand():

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from dflash_jax.nn import product
-from dflash_jax.nn.product import on_one_cpu, rows_product
+from dflash_jax.nn.product import on_one_cpu, rows_product, turned
 
 module = importlib.import_module("dflash_jax.nn.product")
 
@@ -64,3 +64,10 @@ def test_rows_product_keeps_weights_first():
 def test_rows_are_filled_up_to_what_a_kernel_takes_at_once(rows: int, multiplied: int):
     jaxpr = jax.make_jaxpr(lambda *given: rows_product(*given))(jnp.ones((rows, 48)), jnp.ones((40, 48)))
     assert f"f32[40,{multiplied}] = dot_general" in str(jaxpr)
+
+
+@pytest.mark.parametrize("shape", [(32, 48), (3, 16, 80), (2, 3, 32, 16), (17, 32), (32, 5), (2, 3)], ids=str)
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=str)
+def test_turned_is_the_transpose(shape: tuple[int, ...], dtype: jnp.dtype):
+    x = jnp.asarray(np.random.default_rng(0).normal(size=shape), dtype)
+    np.testing.assert_array_equal(jax.jit(turned)(x), np.asarray(x).swapaxes(-1, -2))

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int32
 
-from dflash_jax.nn.product import has_fast_16_bit_products, on_one_cpu, product
+from dflash_jax.nn.product import can_turn, has_fast_16_bit_products, on_one_cpu, product, turned
 
 # Scores over the context that one sequence has at once, float32: 8 MiB, which a CPU's caches still soften. An
 # accelerator, where launching a chunk costs as much as computing a small one, has 256 MiB of them.
@@ -89,13 +89,31 @@ _NARROW_ON_CPU = ("kaqd,kcd->kaqc", "kaqc,kcd->kaqd")
 _FEWEST = 32
 
 
+def _is_narrow_on_cpu(operand: Float[Array, "..."], *sizes: int) -> bool:
+    return operand.dtype.itemsize < 4 and min(sizes) >= _FEWEST and has_fast_16_bit_products()
+
+
 def _product(terms: str, *operands: Float[Array, "..."]) -> Float[Array, "..."]:
     if jax.default_backend() == "cpu":
         (_, *rows, width), (_, *others) = operands[0].shape, operands[1].shape
-        is_small = min(math.prod(rows), width, *others) < _FEWEST
-        if is_small or terms not in _NARROW_ON_CPU or not has_fast_16_bit_products():
+        if terms not in _NARROW_ON_CPU or not _is_narrow_on_cpu(operands[0], math.prod(rows), width, *others):
             operands = tuple(operand.astype(jnp.float32) for operand in operands)
     return product(terms, *operands, out=jnp.float32)
+
+
+def _over_rows(
+    rows: Float[Array, "kv_heads anchor query head_dim"], weights: Float[Array, "kv_heads anchor query context"]
+) -> Float[Array, "kv_heads head_dim context"]:
+    """Sums over all queries, channels first: XLA for CPUs is half as fast at many rows and few columns."""
+    if jax.default_backend() != "cpu":
+        return _product("kaqd,kaqc->kdc", rows, weights)
+    flat, others = (part.reshape(part.shape[0], -1, part.shape[-1]) for part in (rows, weights))
+    if _is_narrow_on_cpu(rows, *flat.shape[1:], others.shape[-1]) and can_turn(flat):
+        made = product("kdr,krc->kdc", turned(flat), others, out=jnp.float32)
+    else:
+        made = _product("kaqd,kaqc->kdc", rows, weights)
+    # or XLA merges the product with what turns its result round, into one that is half as fast
+    return lax.optimization_barrier(made)
 
 
 def _masked(
@@ -190,8 +208,7 @@ def _attend_backward(
     far_slope = far * (_product("kaqd,kcd->kaqc", slope, context.v) - common) * scale
     near_slope = near * (_product("kaqd,kasd->kaqs", slope, blocks.v) - common) * scale
     far, near, far_slope, near_slope = (part.astype(narrow) for part in (far, near, far_slope, near_slope))
-    # channels first: XLA's CPU product of many rows and few columns is half as fast the other way round
-    shared = _Context(k=_product("kaqd,kaqc->kdc", blocks.q, far_slope), v=_product("kaqd,kaqc->kdc", slope, far))
+    shared = _Context(k=_over_rows(blocks.q, far_slope), v=_over_rows(slope, far))
     mine = _Slopes(
         q=_product("kaqc,kcd->kaqd", far_slope, context.k) + _product("kaqs,kasd->kaqd", near_slope, blocks.k),
         k=_product("kaqs,kaqd->kasd", near_slope, blocks.q),
