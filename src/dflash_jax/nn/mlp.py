@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from dflash_jax.nn.product import on_one_cpu, product, rows_product, turned
+from dflash_jax.nn.product import has_fast_16_bit_products, on_one_cpu, product, rows_product, turned
 
 
 @jax.custom_vjp
@@ -32,7 +32,7 @@ def _backward(kept: tuple[Float[Array, "..."], Float[Array, "..."]], slope: Floa
         # XLA for CPUs transposes a copy of both where more than one axis is summed over; where devices are many, axes
         # after the first may be split and stay apart
         x, slope = (part.reshape(-1, part.shape[-1]) for part in (x, slope))
-        if x.dtype.itemsize < 4:
+        if x.dtype.itemsize < 4 and has_fast_16_bit_products():
             return to_x, product("or,ri->oi", turned(slope), x, out=weight.dtype)
     rows = tuple(range(x.ndim - 1))
     wide = lax.dot_general(
