@@ -266,7 +266,10 @@ def test_gradients_of_the_context_are_16_bit_products_on_a_cpu():
     @jax.jit
     @partial(jax.grad, argnums=(0, 1, 2))
     def slopes(q, context, block):
-        return (block_attention(q, *context, lengths[0], *block, lengths[1]).astype(jnp.float32) * weights).sum()
+        return (
+            block_attention(q, context[0], context[1], lengths[0], block[0], block[1], lengths[1]).astype(jnp.float32)
+            * weights
+        ).sum()
 
     compiled = str(slopes.lower(q, context, block).compile().as_text())
     types = dict(re.findall(r"(%[\w.-]+) = (\w+\[[\d,]*\])", compiled))
