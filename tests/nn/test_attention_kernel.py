@@ -194,3 +194,21 @@ def test_a_decoding_loop_copies_no_cache(batch: int):
     lines = str(compiled.as_text()).splitlines()
     assert any(kernel.NAME in line for line in lines)
     assert not [line for line in lines if f"[{batch},3,128,64]" in line and " copy(" in line]
+
+
+@pytest.mark.parametrize("start", [-40, 64, 10**6])
+def test_a_start_out_of_the_cache_stays_in_it(start):
+    q, cached = np.ones((1, 2, 4, 64), np.float32), np.ones((1, 2, 64, 64), np.float32)
+    found = jax.jit(causal_attention)(q, cached, cached, jnp.array([start], jnp.int32))
+    np.testing.assert_allclose(found, q, rtol=1e-6)
+
+
+def test_weights_that_sum_to_nothing_harm_their_own_head_alone():
+    """Scores below all that is masked: 0 / 0, which must neither hang nor spoil other heads."""
+    q = np.ones((1, 1, 64, 64), np.float32)
+    q[0, 0, 40] = 1e16
+    k, v = np.full((1, 64, 64, 64), -1.0, np.float32), np.ones((1, 64, 64, 64), np.float32)
+    k[0, 40] = -1e16
+    for _ in range(20):
+        found = np.asarray(jax.jit(causal_attention)(q, k, v, jnp.array([15], jnp.int32)))[0, 0]
+        np.testing.assert_allclose(np.delete(found, 40, axis=0), 1.0, rtol=1e-6)

@@ -144,11 +144,19 @@ def _summed_values(num_rows: int):
 _sum4, _sum1 = _summed_values(4), _summed_values(1)
 
 
-@numba.njit
+@numba.njit(error_model="numpy")
+@no_type_check
+def _start_of(words, sequence):
+    """The cache row of a sequence's first query; one that is out of the cache must not reach other memory."""
+    start = host_call.integers_of(words[STARTS], sequence + 1)[sequence]
+    return max(0, min(start, words[CAPACITY] - words[QUERIES]))
+
+
+@numba.njit(error_model="numpy")
 @no_type_check
 def _weigh(words, scores, stride, rows, first_head, sequence, lowest):
     """Scores of all rows to weights, 0 where a row does not see; every row's sum, behind its scores."""
-    start = host_call.integers_of(words[STARTS], sequence + 1)[sequence]
+    start = _start_of(words, sequence)
     sinks = host_call.floats_of(words[SINKS], (words[KV_HEADS] * words[GROUP],))
     scale = numba.float32(1 / numba.float64(words[HEAD_DIM]) ** 0.5)
     count = stride - LANES
@@ -168,7 +176,7 @@ def _weigh(words, scores, stride, rows, first_head, sequence, lowest):
         own[count] = total + _exp_of((sink / scale - top) * scale, scores + 4 * rows * stride)
 
 
-@numba.njit
+@numba.njit(error_model="numpy")
 @no_type_check
 def _exp_of(x, room):
     """The exponential of one number, by the same form: 0 for minus infinity. `room` holds a vector."""
@@ -181,7 +189,7 @@ def _exp_of(x, room):
     return _weights(room, LANES, numba.float32(0.0), numba.float32(1.0))
 
 
-@numba.njit
+@numba.njit(error_model="numpy")
 @no_type_check
 def _do_chunk(words, chunk):
     """All queries of a sequence's head, or of all query heads of a key-value head."""
@@ -190,7 +198,7 @@ def _do_chunk(words, chunk):
     rows = queries if words[SPLIT] else group * queries
     heads = words[KV_HEADS] * group
     sequence, cached = first_head // heads, first_head // group
-    start = host_call.integers_of(words[STARTS], sequence + 1)[sequence]
+    start = _start_of(words, sequence)
     lowest = max(0, start - words[WINDOW] + 1) // OUTPUTS * OUTPUTS if words[WINDOW] > 0 else 0
     keys = start + queries - lowest
     stride = -(-keys // LANES) * LANES + LANES  # and a vector whose first number is the sum
@@ -219,7 +227,7 @@ def _do_chunk(words, chunk):
     host_call.free(scores)
 
 
-@numba.njit
+@numba.njit(error_model="numpy")
 @no_type_check
 def _begin(frame, words):
     q, q_sizes = host_call.argument(frame, 0)

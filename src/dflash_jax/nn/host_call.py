@@ -6,6 +6,7 @@ XLA's FFI). numba is an extra of the package (`cpu`); modules that import this o
 
 A call's work is cut in chunks. Whoever comes takes the next chunk that nobody has, the caller among them, so that a
 helper that is late costs nothing. What they share, a *job*, lies on the heap, as a helper may come when all is done.
+No chunk may raise, as nobody would count it as done: errors of arithmetic are NumPy's, 0 / 0 is NaN.
 """
 
 import ctypes
@@ -193,28 +194,28 @@ def _pause(context):
     return types.void(), build
 
 
-@numba.njit
+@numba.njit(error_model="numpy")
 @no_type_check
 def words_of(address, count):
     """So many words at an address."""
     return numba.carray(_words_at(address), (count,))
 
 
-@numba.njit
+@numba.njit(error_model="numpy")
 @no_type_check
 def integers_of(address, count):
     """So many int32 numbers at an address."""
     return numba.carray(_halves_at(address), (count,))
 
 
-@numba.njit
+@numba.njit(error_model="numpy")
 @no_type_check
 def floats_of(address, shape):
     """float32 numbers at an address."""
     return numba.carray(_floats_at(address), shape)
 
 
-@numba.njit
+@numba.njit(error_model="numpy")
 @no_type_check
 def argument(frame, number):
     """Where a call's operand lies, and its dimensions."""
@@ -222,14 +223,14 @@ def argument(frame, number):
     return buffer[_BUFFER_DATA], words_of(buffer[_BUFFER_DIMENSIONS], 8)
 
 
-@numba.njit
+@numba.njit(error_model="numpy")
 @no_type_check
 def result(frame):
     """Where a call's one result goes."""
     return words_of(words_of(frame[_FRAME_RESULTS], 1)[0], 6)[_BUFFER_DATA]
 
 
-@numba.njit
+@numba.njit(error_model="numpy")
 @no_type_check
 def _let_go(job):
     """Whoever holds a job last frees it."""
@@ -237,7 +238,7 @@ def _let_go(job):
         free(job)
 
 
-@numba.njit
+@numba.njit(error_model="numpy")
 @no_type_check
 def _ask_for_help(frame, job, asked_at, helper):
     """Have XLA's threads come to a job when they are free."""
@@ -252,7 +253,7 @@ def _ask_for_help(frame, job, asked_at, helper):
             _let_go(job)
 
 
-@numba.njit
+@numba.njit(error_model="numpy")
 @no_type_check
 def _answer_metadata(frame):
     """Tell XLA the version that this was written for."""
@@ -260,7 +261,7 @@ def _answer_metadata(frame):
     told[_METADATA_VERSION], told[_METADATA_TRAITS], told[_METADATA_STATE] = _FFI_MINOR_VERSION << 32, 0, 0
 
 
-@numba.njit
+@numba.njit(error_model="numpy")
 @no_type_check
 def _wait_for(done_at, chunks):
     spins = 0
@@ -283,7 +284,7 @@ def register(name: str, *, job_words: int, begin: Callable[..., int], do_chunk: 
         do_chunk: numba's, of `(words, chunk)`: any two may run at once.
     """
 
-    @numba.njit
+    @numba.njit(error_model="numpy")
     def take_chunks(job):
         words = words_of(job, job_words)
         while True:
@@ -293,7 +294,7 @@ def register(name: str, *, job_words: int, begin: Callable[..., int], do_chunk: 
             do_chunk(words, chunk)
             _fetch_add(job + WORD * JOB_DONE, 1)
 
-    @numba.cfunc(types.int64(types.int64))
+    @numba.cfunc(types.int64(types.int64), error_model="numpy")
     def helper(job):
         take_chunks(job)
         _let_go(job)
@@ -301,7 +302,7 @@ def register(name: str, *, job_words: int, begin: Callable[..., int], do_chunk: 
 
     address = helper.address
 
-    @numba.cfunc(types.int64(types.int64))
+    @numba.cfunc(types.int64(types.int64), error_model="numpy")
     def handler(frame_at):
         frame = words_of(frame_at, _FRAME_RESULTS + 1)
         if frame[_FRAME_EXTENSION] != 0:

@@ -88,7 +88,7 @@ def tile(num_rows: int) -> Any:
 tile8, tile4, tile2, tile1 = (tile(rows) for rows in (8, 4, 2, 1))
 
 
-@numba.njit
+@numba.njit(error_model="numpy")
 @no_type_check
 def multiply_tile(weights, x, results, rows, inputs, outputs):
     """`OUTPUTS` weight rows times all rows; of addresses, and of the results' row length."""
@@ -106,7 +106,7 @@ def multiply_tile(weights, x, results, rows, inputs, outputs):
         tile1(weights, x + 4 * row * inputs, results + 4 * row * outputs, inputs, outputs)
 
 
-@numba.njit
+@numba.njit(error_model="numpy")
 @no_type_check
 def _do_chunk(words, chunk):
     """All rows' results of some outputs; a tile's weights stay in the first cache between its groups of rows."""
@@ -117,7 +117,7 @@ def _do_chunk(words, chunk):
         multiply_tile(weight + 4 * output * inputs, x, out + 4 * output, rows, inputs, outputs)
 
 
-@numba.njit
+@numba.njit(error_model="numpy")
 @no_type_check
 def _begin(frame, words):
     x, x_sizes = host_call.argument(frame, 0)
