@@ -102,7 +102,7 @@ def turned(x: Float[Array, "*batch rows columns"]) -> Float[Array, "*batch colum
 
     It has no kernel for one of those and widens the operands. A plain transpose it would undo, and have the same
     product again. One in two steps, by tiles, it does not see through: such products take half the time
-    (docs/training.md, "On a CPU"). Where tiles do not fit it is a plain transpose.
+    (docs/design/015-smollm2-recipe.md). Where tiles do not fit it is a plain transpose.
     """
     *batch, rows, columns = x.shape
     if not can_turn(x):
